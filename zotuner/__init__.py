@@ -1,0 +1,56 @@
+"""zotuner: learned zeroth-order fine-tuning of language models, with forward passes only.
+
+The names below are imported when they are first used, so that `import zotuner` costs nothing.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zotuner.errors import ZotunerError
+    from zotuner.models import load_model
+    from zotuner.optim import FZOO, MeZO, OneSided, StepInfo, TwoPoint, ZOFineTuner
+    from zotuner.tasks import get_task
+    from zotuner.tuner import Tuner
+
+try:
+    __version__ = version("zotuner")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "FZOO",
+    "MeZO",
+    "OneSided",
+    "StepInfo",
+    "Tuner",
+    "TwoPoint",
+    "ZOFineTuner",
+    "ZotunerError",
+    "get_task",
+    "load_model",
+]
+
+_HOMES = {
+    "ZotunerError": "errors",
+    "load_model": "models",
+    "get_task": "tasks",
+    "Tuner": "tuner",
+    **dict.fromkeys(["FZOO", "MeZO", "OneSided", "StepInfo", "TwoPoint", "ZOFineTuner"], "optim"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"zotuner.{_HOMES[name]}"), name)
+    try:
+        return import_module(f"zotuner.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"zotuner.{name}":
+            raise
+        raise AttributeError(f"module 'zotuner' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,7 @@
+"""`python -m zotuner`."""
+
+import sys
+
+from zotuner.cli import main
+
+sys.exit(main())

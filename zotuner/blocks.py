@@ -1,0 +1,184 @@
+"""Blocks: the groups of parameters that share one noise vector, one scale and one PertNN.
+
+    model  ->  trainable parameters, tied ones once  ->  fused QKV cut in three  ->  blocks, in the model's order
+
+A block is a parameter tensor; at granularity "layer" it is all the tensors of one layer of the model.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotuner.errors import unknown
+
+GRANULARITIES = ("block", "layer")
+
+# Modules whose weight stacks q, k and v one after the other along the output. (Where heads interleave the three,
+# as under the name `query_key_value`, no cut by rows exists, and the matrix stays one block.)
+FUSED_QKV = ("c_attn", "qkv_proj", "Wqkv")
+
+# What wrappers put into names: peft, torch.compile, DataParallel; peft's tuner layers keep the old weight deeper.
+WRAPPERS = re.compile(r"^(?:(?:base_model\.model|_orig_mod|module)\.)+|(?<=\.)(?:_orig_mod|base_layer)\.")
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of one parameter that belongs to a block.
+
+    Attributes:
+        param: The parameter.
+        index: Which part of it: `param[index]`; `()` is all of it.
+        start: The number of its first element in the block.
+    """
+
+    param: nn.Parameter
+    index: tuple[slice, ...]
+    start: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same part of a tensor that is shaped like the parameter: a view."""
+        return tensor[self.index] if self.index else tensor
+
+    @property
+    def view(self) -> Tensor:
+        """The part itself, without its autograd history."""
+        return self.of(self.param.detach())
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Parameters that share a noise vector and a scale.
+
+    Attributes:
+        name: The parameter's name in the base model (with `[q]`, `[k]`, `[v]` behind it for a part of a fused
+            matrix), or the layer's.
+        pieces: Its parts; the block's elements are theirs, one after the other, each in C order.
+        numel: Number of elements.
+    """
+
+    name: str
+    pieces: tuple[Piece, ...]
+    numel: int
+
+    @property
+    def params(self) -> tuple[Tensor, ...]:
+        """The block's tensors: views into the model's parameters."""
+        return tuple(piece.view for piece in self.pieces)
+
+
+def base_name(name: str) -> str:
+    """A parameter's name in the base model, whatever wraps it.
+
+    >>> base_name("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
+    'model.layers.0.self_attn.q_proj.weight'
+    """
+    return WRAPPERS.sub("", name)
+
+
+def find_blocks(model: nn.Module, granularity: str = "block") -> tuple[Block, ...]:
+    """The blocks of a model, in the order of its parameters; frozen parameters are left out, tied ones come once.
+
+    Args:
+        model: Any module.
+        granularity: "block" (a parameter tensor each) or "layer" (a numbered child of a `ModuleList` each; what
+            lies in none of them is a block by itself).
+
+    Raises:
+        ValueError: An unknown granularity, or a model in which nothing is trainable.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(unknown("granularity", granularity, GRANULARITIES))
+    layers = _layer_names(model) if granularity == "layer" else {}
+    groups: dict[str, list[tuple[nn.Parameter, tuple[slice, ...]]]] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        cuts = {"": ()} if granularity == "layer" else _cuts(model, name, param)
+        for suffix, index in cuts.items():
+            groups.setdefault(layers.get(name, base_name(name)) + suffix, []).append((param, index))
+    if not groups:
+        raise ValueError("the model has no trainable parameter: set requires_grad where it should be tuned")
+    return tuple(_block(name, parts) for name, parts in groups.items())
+
+
+def _block(name: str, parts: list[tuple[nn.Parameter, tuple[slice, ...]]]) -> Block:
+    pieces, numel = [], 0
+    for param, index in parts:
+        pieces.append(Piece(param, index, numel))
+        numel += pieces[-1].view.numel()
+    return Block(name, tuple(pieces), numel)
+
+
+def _layer_names(model: nn.Module) -> dict[str, str]:
+    """From a parameter's full name to its layer's: the outermost element of a ModuleList that holds it."""
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            for child, layer in module.named_children():
+                for name, _ in layer.named_parameters():
+                    found.setdefault(f"{prefix}.{child}.{name}".lstrip("."), base_name(f"{prefix}.{child}"))
+    return found
+
+
+def _cuts(model: nn.Module, name: str, param: nn.Parameter) -> dict[str, tuple[slice, ...]]:
+    """How a parameter is cut: from the suffix of the block's name to the index of the part."""
+    owner_name, _, kind = name.rpartition(".")
+    parts = [part for part in owner_name.split(".") if part != "base_layer"]
+    if parts[-1] not in FUSED_QKV or kind not in ("weight", "bias"):
+        return {"": ()}
+    owner = model.get_submodule(owner_name)
+    axis = 1 if param.ndim == 2 and hasattr(owner, "nf") else 0  # transformers' Conv1D keeps (in, out)
+    sizes = _qkv_sizes(getattr(model, "config", None))
+    if sizes is None or sum(sizes) != param.shape[axis]:
+        return {"": ()}
+    cuts, low = {}, 0
+    for part, size in zip("qkv", sizes, strict=True):
+        cuts[f"[{part}]"] = (slice(None),) * axis + (slice(low, low + size),)
+        low += size
+    return cuts
+
+
+def _qkv_sizes(config: Any) -> tuple[int, int, int] | None:
+    """Output sizes of q, k and v by the config's own fields; None where it has them not."""
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        return None
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads * head_dim, kv_heads * head_dim, kv_heads * head_dim
+
+
+def moments(block: Block) -> tuple[float, float]:
+    """Mean and unbiased variance over a block's elements; one element has variance 0."""
+    total = square = 0.0
+    for tensor in block.params:
+        mean, variance = _mean_and_variance(tensor)
+        total += mean * tensor.numel()
+        square += (variance + mean**2) * tensor.numel()
+    mean = total / block.numel
+    spread = max(0.0, square - block.numel * mean**2)
+    return mean, spread / (block.numel - 1) if block.numel > 1 else 0.0
+
+
+def _mean_and_variance(tensor: Tensor) -> tuple[float, float]:
+    """Mean and population variance. Two reductions at memory speed serve unless they would cancel."""
+    if tensor.dtype.itemsize < 4:
+        tensor = tensor.float()
+    if tensor.is_contiguous():
+        flat = tensor.view(-1)
+        mean, square = float(flat.sum()) / flat.numel(), float(torch.dot(flat, flat)) / flat.numel()
+        if square > 4 * mean**2:
+            return mean, square - mean**2
+    variance, mean_ = torch.var_mean(tensor, correction=0)
+    return float(mean_), float(variance)
+
+
+def pieces_of(blocks: tuple[Block, ...]) -> Iterator[tuple[int, Piece]]:
+    """Every piece with its block's number."""
+    for number, block in enumerate(blocks):
+        for piece in block.pieces:
+            yield number, piece

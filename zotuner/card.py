@@ -1,0 +1,64 @@
+"""The model card of a tuner: a function of what `tuner.json` says."""
+
+from typing import Any
+
+import yaml
+
+TEMPLATE = """---
+{front}---
+
+# Tuner for {base_model}
+
+Learned perturbation scales for zeroth-order fine-tuning: {count} PertNNs ({architecture}, granularity
+{granularity}, Frobenius normalisation {normalized}), one a block of the base model, meta-trained on {tasks}.
+Use it on the base model, on its fine-tunes and merges, and on any task, with forward passes only.
+
+```python
+import zotuner
+
+tuner = zotuner.Tuner.from_pretrained("this folder or its Hub id")
+opt = zotuner.ZOFineTuner(model, tuner, lr=1e-6)
+loss = opt.step(closure)
+```
+
+Method: "Learning a Zeroth-Order Optimizer for Fine-Tuning LLMs", arXiv:2510.00419.
+
+## How it was made
+
+| option | value |
+| --- | --- |
+{config}
+
+Base model's weights (SHA-256): `{base_weights_sha256}`. Made with {versions}.
+
+## What it did
+
+{notes}
+"""
+
+
+def card(info: dict[str, Any]) -> str:
+    """Markdown with the metadata that the Hub reads.
+
+    Args:
+        info: `TunerInfo` as a dictionary.
+    """
+    front = {
+        "license": info["license"],
+        "library_name": "zotuner",
+        "tags": ["zotuner", "zeroth-order", "pertnn"],
+        **({"base_model": info["base_model"]} if "/" in info["base_model"] else {}),
+    }
+    return TEMPLATE.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        base_model=info["base_model"] or "a model",
+        count=len(info["blocks"]),
+        architecture=info["architecture"],
+        granularity=info["granularity"],
+        normalized="on" if info["normalized"] else "off",
+        tasks=", ".join(info["tasks"]) or "no task yet",
+        config="\n".join(f"| {key} | {value} |" for key, value in info["config"].items()) or "| - | - |",
+        base_weights_sha256=info["base_weights_sha256"] or "not recorded",
+        versions=", ".join(f"{name} {number}" for name, number in info["versions"].items()),
+        notes=info["notes"] or "Not compared with anything yet.",
+    )

@@ -1,0 +1,155 @@
+"""The command line: `zotuner finetune | meta-train | report | demo | tasks`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich_argparse import RichHelpFormatter
+
+from zotuner.config import Config, FinetuneConfig, MetaTrainConfig
+from zotuner.errors import ZotunerError
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ZotunerError as error:
+        print(f"zotuner: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("zotuner: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from zotuner import __version__
+
+    parser = _Parser(prog="zotuner", description="Learned zeroth-order fine-tuning.", formatter_class=RichHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"zotuner {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, formatter_class=RichHelpFormatter)
+        command.set_defaults(run=run)
+        return command
+
+    _add_options(add("finetune", _finetune, "fine-tune a model on a task by one method"), FinetuneConfig)
+    _add_options(add("meta-train", _meta_train, "meta-train a tuner for a base model"), MetaTrainConfig)
+    report = add("report", _report, "show runs side by side")
+    report.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="finished runs")
+    report.add_argument("--plot", type=Path, metavar="FILE", help="write the loss curves as PNG")
+    demo = add("demo", _demo, "fine-tune the demo model by three methods at equal forwards")
+    demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for the runs (%(default)s)")
+    demo.add_argument("--forwards", type=int, default=270, help="forward passes a method (%(default)s)")
+    add("tasks", _tasks, "list the tasks")
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
+    """One flag a field. Values stay text: the configuration checks and converts them."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML of options; flags win over it")
+    for name, field in config.model_fields.items():
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name, "help": _help(field)}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.annotation) is tuple:
+            options |= {"nargs": "+", "metavar": name[:-1].upper()}
+        else:
+            options["metavar"] = "|".join(_choices(field.annotation)) or name.upper()
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.default
+    if field.is_required():
+        text = f"{field.description} (required)"
+    elif default is None or isinstance(default, bool):
+        text = str(field.description)
+    else:
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        text = f"{field.description} ({shown})"
+    return text.replace("%", "%%")
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a Literal, also within `Literal[...] | None`."""
+    found: list[str] = []
+    for part in get_args(annotation):
+        found += [part] if isinstance(part, str) else _choices(part)
+    return found
+
+
+def _config(kind: type[Any], arguments: argparse.Namespace) -> Any:
+    flags = {name: value for name, value in vars(arguments).items() if name in kind.model_fields}
+    return kind.read(arguments.config, flags)
+
+
+def _quiet() -> None:
+    """transformers' and datasets' own progress bars would fight with ours."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    config = _config(FinetuneConfig, arguments)
+    _quiet()
+    from zotuner.finetune import finetune
+    from zotuner.progress import Display
+    from zotuner.report import table
+
+    finetune(config, Display())
+    Console().print(table([config.out]))
+
+
+def _meta_train(arguments: argparse.Namespace) -> None:
+    config = _config(MetaTrainConfig, arguments)
+    _quiet()
+    from zotuner.meta import meta_train
+    from zotuner.progress import Display
+
+    meta_train(config, Display())
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from zotuner.report import plot, table
+
+    Console().print(table(arguments.runs))
+    if arguments.plot:
+        plot(arguments.runs, arguments.plot)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from zotuner.demo import demo
+
+    demo(arguments.out, arguments.forwards)
+
+
+def _tasks(arguments: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from zotuner.tasks import TASKS
+
+    table = Table("task", "loss", "from", "what it is")
+    for name, task in TASKS.items():
+        table.add_row(name, task.loss, " ".join(task.hub) if task.hub else "the package", (task.__doc__ or "").strip())
+    Console().print(table)

@@ -1,0 +1,145 @@
+"""Configurations: every option, its type, unit, bounds and default, and nowhere else.
+
+    defaults  <  --config FILE (YAML)  <  flags  ->  one frozen, checked object
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from zotuner.errors import ZotunerError, unknown
+
+METHODS = ("zo-finetuner", "fzoo", "mezo", "adam", "none")
+# Learning rates that did well on SmolLM2-135M-Instruct (docs/results.md); expect to search around them.
+DEFAULT_LR = {"zo-finetuner": 2e-5, "mezo": 2e-5, "fzoo": 1e-4, "adam": 1e-5, "none": 0.0}
+DEFAULT_NOISE = {"fzoo": "rademacher"}  # the papers' choices; gaussian for the others
+NOISE = Literal["gaussian", "rademacher"]
+DTYPE = Literal["float32", "bfloat16", "float16"]
+
+
+class Config(BaseModel):
+    """What the two programs' options have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    model: str = Field(description="smollm2-135m-instruct, a folder, a .gguf file or a Hub id")
+    out: Path = Field(description="folder for the run; must be empty or new")
+    overwrite: bool = Field(False, description="replace a run that --out holds")
+    steps: int = Field(200, ge=0, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="examples a step")
+    eps: float = Field(1e-3, gt=0, allow_inf_nan=False, description="size of a perturbation, an element")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of the noise, the data and the order of batches")
+    data_dir: Path | None = Field(None, description="read D/<task>/{train,validation,test}.jsonl, not the Hub")
+    dtype: DTYPE = Field("float32", description="of the weights")
+    train_size: int = Field(1000, ge=1, description="training examples drawn by the seed")
+    max_length: int = Field(1024, ge=2, description="tokens; longer prompts lose their beginning")
+
+    @classmethod
+    def read(cls, file: Path | None, flags: dict[str, Any]) -> Self:
+        """Defaults, then the YAML file, then the flags.
+
+        Raises:
+            ZotunerError: A file that is no YAML mapping, a key that nobody knows, a value of the wrong type or out
+                of bounds; one line.
+        """
+        stated = {} if file is None else read_yaml(file)
+        for key in stated:
+            if key not in cls.model_fields:
+                raise ZotunerError(f"{file}: {unknown('key', str(key), cls.model_fields)}")
+        try:
+            return cls.model_validate(stated | flags)
+        except ValidationError as error:
+            raise ZotunerError(explain(error, stated, flags, file)) from None
+
+    def to_yaml(self) -> str:
+        """All options as they stand."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class FinetuneConfig(Config):
+    """Fine-tune one model on one task by one method."""
+
+    task: str = Field(description="the task to tune on; `--task help` lists them")
+    method: str = Field(description=" | ".join(METHODS) + " (evaluate only)")
+    tuner: str | None = Field(None, description="folder or Hub id of a tuner, for zo-finetuner")
+    lr: float | None = Field(None, gt=0, allow_inf_nan=False, description=f"learning rate; by method: {DEFAULT_LR}")
+    lr_schedule: Literal["constant", "linear"] = Field("constant", description="linear: to 0 over the run")
+    num_perturbations: int = Field(8, ge=2, description="N of FZOO; a step costs N + 1 forwards")
+    noise: NOISE | None = Field(None, description="gaussian, or rademacher (fzoo's default)")
+    dev_size: int | None = Field(None, ge=1, description="development examples; the task's own number by default")
+    eval_size: int = Field(1000, ge=1, description="evaluation examples")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations on dev; default: 5 a run")
+    eval_batch_size: int = Field(32, ge=1, description="examples a forward in evaluation")
+    max_skipped: int = Field(10, ge=1, description="stop after so many steps in a row whose loss is not finite")
+    save_model: bool = Field(False, description="write the tuned model to OUT/model")
+
+    @model_validator(mode="after")
+    def _by_method(self) -> Self:
+        if self.method not in METHODS:
+            raise ValueError(unknown("method", self.method, METHODS))
+        if self.method == "zo-finetuner" and self.tuner is None:
+            raise ValueError("method zo-finetuner needs --tuner (a folder or a Hub id)")
+        if self.method != "zo-finetuner" and self.tuner is not None:
+            raise ValueError(f"--tuner is for method zo-finetuner, not for {self.method}")
+        fill = {
+            "lr": self.lr if self.lr is not None else DEFAULT_LR[self.method],
+            "noise": self.noise or DEFAULT_NOISE.get(self.method, "gaussian"),
+            "eval_every": self.eval_every or max(1, self.steps // 5),
+        }
+        for name, value in fill.items():
+            object.__setattr__(self, name, value)
+        return self
+
+
+class MetaTrainConfig(Config):
+    """Meta-train a tuner for one base model along first-order trajectories."""
+
+    tasks: tuple[str, ...] = Field(("copa",), min_length=1, description="tasks to walk, shuffled")
+    noise: NOISE = Field("rademacher", description="of the virtual step")
+    architecture: Literal["abs", "exp"] = Field("exp", description="abs: the paper's; exp: starts at sigma = 1")
+    granularity: Literal["block", "layer"] = Field("block", description="what shares a PertNN")
+    normalized: bool = Field(True, description="keep the Frobenius budget of the perturbation")
+    draws: int = Field(1, ge=1, description="noise vectors a point; their meta-gradients are averaged")
+    inner_lr: float = Field(2e-5, gt=0, allow_inf_nan=False, description="lr of the virtual zeroth-order step")
+    outer_lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="Adam's lr for the PertNNs")
+    fo_optimizer: Literal["adam", "sgd"] = Field("adam", description="walks the trajectory; sgd has momentum 0.9")
+    fo_lr: float = Field(1e-6, gt=0, allow_inf_nan=False, description="lr of the trajectory")
+    reset_every: int = Field(50, ge=1, description="points after which the model starts anew")
+    snapshot_every: int | None = Field(None, ge=1, description="keep the weights of every such point in OUT/trajectory")
+    trajectory: Path | None = Field(None, description="a recorded run's trajectory folder, visited instead of walked")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ZotunerError: No such file, no YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ZotunerError(f"{file}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZotunerError(f"{file}: cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ZotunerError(f"{file}: expected YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ZotunerError(f"{file}: expected a mapping from option to value, got {type(content).__name__}")
+    return content
+
+
+def explain(error: ValidationError, stated: dict[str, Any], flags: dict[str, Any], file: Path | None) -> str:
+    """The first complaint of pydantic, in one line: where the value came from, what was expected, what came."""
+    first = error.errors()[0]
+    if not first["loc"]:
+        return str(first["msg"]).removeprefix("Value error, ")
+    key = str(first["loc"][0])
+    flag = "--" + key.replace("_", "-")
+    if first["type"] == "missing":
+        return f"{flag} is required"
+    where = f"{file}: {key}" if key in stated and key not in flags else flag
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

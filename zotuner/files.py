@@ -1,0 +1,68 @@
+"""Files that are whole or absent, and folders that belong to one run."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zotuner.errors import ZotunerError
+
+RUN_MARK = "config.yaml"  # a folder that holds it is a run's
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file aside, syncs it and renames it into place: a reader sees the old content or the new."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+@contextmanager
+def built_aside(target: Path) -> Iterator[Path]:
+    """A folder to fill: it appears as `target`, in place of what was there, when the block ends well, and only then."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield aside
+        aside.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuses an output folder that holds something, unless it is a run that may be overwritten.
+
+    Raises:
+        ZotunerError: The folder holds another run, or anything that no run wrote.
+    """
+    if out.exists() and not out.is_dir():
+        raise ZotunerError(f"{out}: expected a folder for the run, found a file; choose another --out")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / RUN_MARK).exists():
+        raise ZotunerError(f"{out}: expected an empty folder or a run, found other files; choose another --out")
+    if not overwrite:
+        raise ZotunerError(f"{out}: holds another run; choose another --out, or pass --overwrite to replace it")
+
+
+def claim_out(out: Path, overwrite: bool) -> None:
+    """Makes the output folder, empty, after `check_out`."""
+    check_out(out, overwrite)
+    if out.is_dir():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)

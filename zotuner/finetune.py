@@ -1,0 +1,327 @@
+"""Fine-tuning: one model, one task, one method, one run directory.
+
+    zero-shot evaluation  ->  steps, with evaluations on dev  ->  best on dev  ->  final evaluation  ->  summary
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from zotuner import noise
+from zotuner.config import FinetuneConfig
+from zotuner.errors import ZotunerError
+from zotuner.evaluate import evaluate
+from zotuner.files import RUN_MARK, check_out, claim_out, write_atomically
+from zotuner.ledger import Ledger
+from zotuner.metrics import MetricsLog, jsonable
+from zotuner.models import load_model, save_model, weights_sha256
+from zotuner.objective import Batch, Objective
+from zotuner.optim import FZOO, MeZO, ZOFineTuner, ZOOptimizer
+from zotuner.progress import Bar, Display, peak_rss_bytes
+from zotuner.tasks import Example, Splits, get_task
+from zotuner.tuner import Tuner, versions
+
+BEST = "best.safetensors"  # the best weights so far, for the time of a run
+
+
+def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
+    """Endless batches: each epoch is a new order, drawn by (seed, epoch); an epoch's last batch may be smaller."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(len(examples))
+        for start in range(0, len(order), batch_size):
+            yield [examples[i] for i in order[start : start + batch_size]]
+        epoch += 1
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one step cost and gave."""
+
+    loss: float
+    lr: float
+    forwards: int
+    coefficients: tuple[float, ...]
+    losses: tuple[float, ...]
+    skipped: bool
+
+
+class ZOStepper:
+    """Steps of a zeroth-order method."""
+
+    def __init__(self, config: FinetuneConfig, model: Any, tuner: Tuner | None) -> None:
+        assert config.lr is not None and config.noise is not None
+        common: dict[str, Any] = {"lr": config.lr, "eps": config.eps, "noise": config.noise, "seed": config.seed}
+        self.optimizer: ZOOptimizer
+        if config.method == "mezo":
+            self.optimizer = MeZO(model, **common)
+        elif config.method == "fzoo":
+            self.optimizer = FZOO(model, num_perturbations=config.num_perturbations, **common)
+        else:
+            assert tuner is not None
+            self.optimizer = ZOFineTuner(model, tuner, normalized=tuner.info.normalized, **common)
+        self._model = model
+
+    @torch.no_grad()
+    def __call__(self, objective: Objective, batch: Batch) -> Taken:
+        """One step on one batch."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        loss = self.optimizer.step(lambda: objective.loss(self._model, batch))
+        info = self.optimizer.last
+        assert info is not None
+        return Taken(loss, lr, info.forwards, info.coefficients, info.losses, info.skipped)
+
+
+class AdamStepper:
+    """Steps of first-order Adam, the upper bound that backpropagation buys. Its backward counts as no forward."""
+
+    def __init__(self, config: FinetuneConfig, model: Any) -> None:
+        assert config.lr is not None
+        self.optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+        self._model = model
+
+    def __call__(self, objective: Objective, batch: Batch) -> Taken:
+        """One step on one batch."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.zero_grad()
+        loss = objective.loss(self._model, batch)
+        finite = bool(torch.isfinite(loss))
+        if finite:
+            loss.backward()
+            self.optimizer.step()
+        return Taken(float(loss), lr, 1, (), (float(loss),), not finite)
+
+
+Stepper = ZOStepper | AdamStepper
+
+
+@dataclass
+class Progressed:
+    """The running totals of a run."""
+
+    steps: int = 0
+    forwards: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with, loaded and checked before anything is written."""
+
+    model: Any
+    tokenizer: Any
+    objective: Objective
+    splits: Splits
+    tuner: Tuner | None
+
+
+def prepare(config: FinetuneConfig) -> Setup:
+    """Loads everything that may be wrong.
+
+    Raises:
+        ZotunerError: An unknown task or model, bad data, a tuner that cannot be read.
+    """
+    check_out(config.out, config.overwrite)
+    task = get_task(config.task, config.data_dir)
+    tuner = Tuner.from_pretrained(config.tuner) if config.tuner is not None else None
+    splits = task.splits(
+        train_size=config.train_size, dev_size=config.dev_size, eval_size=config.eval_size, seed=config.seed
+    )
+    model, tokenizer = load_model(config.model, dtype=config.dtype)
+    return Setup(model, tokenizer, Objective(task, tokenizer, config.max_length), splits, tuner)
+
+
+def finetune(config: FinetuneConfig, display: Display) -> dict[str, Any]:
+    """Runs one fine-tuning and fills its run directory.
+
+    Args:
+        config: All options.
+        display: Where progress goes.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        ZotunerError: Something that the user can put right; nothing was written unless the run had begun.
+    """
+    with display:
+        display.say(f"loading {config.model} and task {config.task}")
+        setup = prepare(config)
+        stepper = _stepper(config, setup)
+        claim_out(config.out, config.overwrite)
+        write_atomically(config.out / RUN_MARK, config.to_yaml())
+        zero_shot = _evaluate(setup, setup.splits.test, config, display, "zero-shot")
+        totals, dev = Progressed(), None
+        if stepper is not None and config.steps:
+            dev = _train(config, setup, stepper, totals, display)
+            _restore(setup.model, config.out / BEST)
+        final = _evaluate(setup, setup.splits.test, config, display, "final") if totals.steps else zero_shot
+        if config.save_model:
+            save_model(setup.model, setup.tokenizer, config.out / "model")
+        summary = {
+            "model": config.model,
+            "task": config.task,
+            "method": config.method,
+            "steps": totals.steps,
+            "forwards": totals.forwards,
+            "tokens": totals.tokens,
+            "seconds": round(totals.seconds, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "zero_shot": zero_shot,
+            "final": final,
+            "dev": dev,
+            "skipped": totals.skipped,
+            "weights_sha256": weights_sha256(setup.model),
+            "seed": config.seed,
+            "lr": config.lr,
+            "prompt_version": setup.objective.task.prompt_version,
+            "versions": versions(),
+        }
+        write_atomically(config.out / "summary.json", json.dumps(jsonable(summary), indent=2) + "\n")
+    return summary
+
+
+def _stepper(config: FinetuneConfig, setup: Setup) -> Stepper | None:
+    if config.method == "none":
+        return None
+    if config.method == "adam":
+        return AdamStepper(config, setup.model)
+    return ZOStepper(config, setup.model, setup.tuner)
+
+
+def _train(
+    config: FinetuneConfig, setup: Setup, stepper: Stepper, totals: Progressed, display: Display
+) -> dict[str, Any]:
+    """All steps; afterwards the weights of the best evaluation on dev lie in the run directory. Returns what dev said."""
+    assert config.eval_every is not None
+    schedule = None
+    if config.lr_schedule == "linear":
+        schedule = torch.optim.lr_scheduler.LinearLR(
+            stepper.optimizer, start_factor=1.0, end_factor=0.0, total_iters=config.steps
+        )
+    best: dict[str, Any] | None = None
+    in_a_row = 0
+    bar = display.bar(config.method, config.steps)
+    start = _evaluate(setup, setup.splits.dev, config, display, "dev")
+    with (
+        MetricsLog(config.out / "metrics.jsonl") as metrics,
+        MetricsLog(config.out / "evals.jsonl") as evals,
+        _Recorder(config, setup) as record,
+    ):
+        evals.write(step=0, forwards=0, seconds=0.0, **start)
+        for examples in batches(setup.splits.train, config.batch_size, config.seed):
+            taken = _one(setup, stepper, examples, totals, metrics)
+            record(totals.steps - 1, taken)
+            if schedule is not None:
+                schedule.step()
+            in_a_row = in_a_row + 1 if taken.skipped else 0
+            totals.skipped += taken.skipped
+            if in_a_row >= config.max_skipped:
+                raise ZotunerError(_not_finite(config, totals.steps, in_a_row))
+            bar.advance(status=f"loss {taken.loss:.4f}  forwards {totals.forwards}")
+            if totals.steps % config.eval_every == 0 or totals.steps == config.steps:
+                came = _evaluate(setup, setup.splits.dev, config, display, "dev")
+                evals.write(step=totals.steps, forwards=totals.forwards, seconds=totals.seconds, **came)
+                display.say(f"step {totals.steps}: dev loss {came['loss']:.4f}, accuracy {came['accuracy']:.3f}")
+                if best is None or came["loss"] < best["loss"]:
+                    best = {"step": totals.steps, **came}
+                    _keep(setup.model, config.out / BEST)
+            if totals.steps == config.steps:
+                break
+    bar.close()
+    return {"zero_shot": start, "best": best, "last": came}
+
+
+def _one(
+    setup: Setup, stepper: Stepper, examples: Sequence[Example], totals: Progressed, metrics: MetricsLog
+) -> Taken:
+    """One step and its row of metrics; only the step itself is timed."""
+    started = time.perf_counter()
+    batch = setup.objective.training_batch(examples)
+    taken = stepper(setup.objective, batch)
+    totals.seconds += time.perf_counter() - started
+    totals.forwards += taken.forwards
+    totals.tokens += taken.forwards * batch.tokens
+    metrics.write(
+        step=totals.steps,
+        forwards=totals.forwards,
+        tokens=totals.tokens,
+        seconds=round(totals.seconds, 4),
+        loss=taken.loss,
+        lr=taken.lr,
+        coefficients=taken.coefficients,
+    )
+    totals.steps += 1
+    return taken
+
+
+class _Recorder:
+    """Writes the ledger of a zeroth-order run; a first-order one has none, since its steps cannot be replayed."""
+
+    def __init__(self, config: FinetuneConfig, setup: Setup) -> None:
+        self._ledger: Ledger | None = None
+        if config.method == "adam":
+            return
+        header = {
+            "method": config.method,
+            "model": config.model,
+            "weights_sha256": weights_sha256(setup.model),
+            "tuner": config.tuner,
+            "noise": config.noise,
+            "noise_version": noise.VERSION,
+            "seed": config.seed,
+            "eps": config.eps,
+            "losses": config.num_perturbations + 1 if config.method == "fzoo" else 2,
+        }
+        self._ledger = Ledger(config.out / "ledger.bin", header)
+
+    def __call__(self, step: int, taken: Taken) -> None:
+        if self._ledger is not None:
+            self._ledger.write(step, taken.lr, taken.losses)
+
+    def __enter__(self) -> "_Recorder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._ledger is not None:
+            self._ledger.__exit__(*error)
+
+
+def _evaluate(
+    setup: Setup, examples: Sequence[Example], config: FinetuneConfig, display: Display, title: str
+) -> dict[str, float]:
+    bar: Bar = display.bar(title, len(examples))
+    came = evaluate(setup.model, setup.objective, examples, config.eval_batch_size, advance=bar.advance)
+    bar.close()
+    return came
+
+
+def _keep(model: Any, path: Path) -> None:
+    """Writes the trainable weights aside and renames them into place."""
+    aside = path.with_suffix(".part")
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}, aside)
+    aside.replace(path)
+
+
+@torch.no_grad()
+def _restore(model: Any, path: Path) -> None:
+    """Takes the kept weights back, and the file away."""
+    kept = load_file(path)
+    for name, param in model.named_parameters():
+        if name in kept:
+            param.copy_(kept[name])
+    path.unlink()
+
+
+def _not_finite(config: FinetuneConfig, step: int, count: int) -> str:
+    advice = "try --dtype bfloat16 or float32" if config.dtype == "float16" else "try a smaller --lr or --eps"
+    return f"step {step}: the loss was not finite {count} steps in a row; {advice}"

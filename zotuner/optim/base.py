@@ -1,0 +1,135 @@
+"""The one step all zeroth-order methods share; a method is a choice of estimator, scale and noise.
+
+    scale  ->  sigma~ (n,)  ->  estimator asks for losses at theta + eps sigma~ z  ->  coefficients  ->  one sweep
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zotuner.blocks import Block, find_blocks
+from zotuner.errors import unknown
+from zotuner.noise import KINDS
+from zotuner.optim.estimators import OneSided, TwoPoint
+from zotuner.perturb import Closure, Draw, Perturber, shift
+
+Estimator = TwoPoint | OneSided
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one step did.
+
+    Attributes:
+        step: Its number, from 0; noise was drawn with it.
+        losses: Two-point: (loss_plus, loss_minus). One-sided: (l_0, l_1, ..., l_N).
+        coefficients: Of each perturbation: the update was -lr sum_k coefficients[k] u_k.
+        forwards: Evaluations of the closure.
+        scales: The normalised sigma~ (n,) float64, or None where every block has scale 1.
+        skipped: A loss was not finite: no update was made.
+    """
+
+    step: int
+    losses: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    forwards: int
+    scales: Tensor | None
+    skipped: bool
+
+
+class Scale(Protocol):
+    """Says how large the perturbation is in each block."""
+
+    def scales(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(raw sigma, normalised sigma~), both (n,); `state` is the parameter group."""
+        ...
+
+
+class ZOOptimizer(torch.optim.Optimizer):
+    """A zeroth-order optimizer over one model: `step(closure)` with a closure that only evaluates the loss.
+
+    One parameter group; learning-rate schedulers and `state_dict` work as on any torch optimizer. The group
+    holds all state there is: `step`, `seed`, and what a PertNN is told of the step before.
+
+    Args:
+        model: Its trainable parameters are tuned; set `requires_grad` to choose.
+        lr: Learning rate, not negative.
+        eps: Size of a perturbation an element, > 0.
+        noise: "gaussian" or "rademacher".
+        seed: Of the noise, in [0, 2^64).
+        estimator: Which losses a step asks for.
+        scale: Makes, from the blocks, what says how large the perturbation is in each; None: 1 everywhere.
+        granularity: "block" or "layer", see `zotuner.blocks.find_blocks`.
+
+    Raises:
+        ValueError: An argument out of its range, or no trainable parameter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        eps: float,
+        noise: str,
+        seed: int,
+        estimator: Estimator,
+        scale: Callable[[Sequence[Block]], Scale] | None = None,
+        granularity: str = "block",
+    ) -> None:
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"lr must be a number that is not negative, got {lr}")
+        if not (math.isfinite(eps) and eps > 0):
+            raise ValueError(f"eps must be a positive number, got {eps}")
+        if noise not in KINDS:
+            raise ValueError(unknown("kind of noise", noise, KINDS))
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+        self.blocks = find_blocks(model, granularity)
+        params = list(dict.fromkeys(piece.param for block in self.blocks for piece in block.pieces))
+        group = {"params": params, "step": 0, "seed": seed, "noise": noise}
+        super().__init__([group], {"lr": lr, "eps": eps})
+        self.last: StepInfo | None = None
+        self._estimator = estimator
+        self._scale = None if scale is None else scale(self.blocks)
+        self._perturber = Perturber(model, self.blocks)
+
+    @torch.no_grad()
+    def step(self, closure: Closure) -> float:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: Evaluates the loss of one fixed batch and returns it, a 0-d tensor; it is called several times
+                and must not call `backward`.
+
+        Returns:
+            The mean of loss_plus and loss_minus (two-point) or l_0 (one-sided). Where a loss is not finite, the
+            weights stay as they are, `last.skipped` is set, and what came is returned.
+        """
+        group = self.param_groups[0]
+        found = None if self._scale is None else self._scale.scales(group)
+        sigma = [1.0] * len(self.blocks) if found is None else found[1].tolist()
+        at = Draw(group["noise"], group["seed"], group["step"])
+
+        def evaluate(branch: int, factor: float) -> float:
+            if factor == 0.0:
+                return self._perturber.loss(closure)
+            draw = Draw(at.kind, at.seed, at.step, branch)
+            return self._perturber.loss(closure, draw, [factor * s for s in sigma])
+
+        losses = self._estimator.losses(evaluate, group["eps"])
+        coefficients = self._estimator.coefficients(losses, group["eps"])
+        skipped = not all(math.isfinite(x) for x in (*losses, *coefficients))
+        if not skipped and any(coefficients):
+            shift(self.blocks, at, [[-group["lr"] * c * s for c in coefficients] for s in sigma])
+        if found is not None and not skipped:
+            group["sigma_prev"] = found[0].tolist()
+            group["loss_prev"] = self._estimator.pair(losses)
+        group["step"] += 1
+        scales = None if found is None else found[1]
+        self.last = StepInfo(at.step, losses, coefficients, len(losses), scales, skipped)
+        return self._estimator.reported(losses)

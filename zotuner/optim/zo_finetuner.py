@@ -1,0 +1,103 @@
+"""ZO Fine-tuner: the scale of the noise in each block comes from a frozen, meta-trained PertNN."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotuner.blocks import Block, moments
+from zotuner.optim.base import Estimator, ZOOptimizer
+from zotuner.optim.estimators import TwoPoint
+from zotuner.pertnn import normalize
+from zotuner.tuner import Tuner
+
+
+def features_of(blocks: Sequence[Block], loss_prev: tuple[float, float], sigma_prev: Sequence[float]) -> Tensor:
+    """What the PertNNs are told: (n, 5) float32, in the order of `zotuner.pertnn.FEATURES`.
+
+    Args:
+        blocks: The model's blocks: their mean and variance are taken now.
+        loss_prev: loss_plus and loss_minus of the step before, 0 at the first.
+        sigma_prev: (n,) raw scales of the step before, 1 at the first.
+    """
+    rows = [(*loss_prev, sigma, *moments(block)) for block, sigma in zip(blocks, sigma_prev, strict=True)]
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+class Learned:
+    """sigma from a tuner, told the losses, scales and weights of the moment.
+
+    Args:
+        tuner: Frozen.
+        blocks: Of the model; each must be one of the tuner's.
+        normalized: Keep the Frobenius budget.
+    """
+
+    def __init__(self, tuner: Tuner, blocks: Sequence[Block], normalized: bool = True) -> None:
+        self._tuner = tuner
+        self._blocks = blocks
+        self._nets = tuner.nets_for(blocks)
+        self._numels = torch.tensor([block.numel for block in blocks])
+        self._normalized = normalized
+
+    def scales(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(raw sigma, sigma~), both (n,); the step before is read from `state`."""
+        sigma_prev = state.get("sigma_prev", [1.0] * len(self._blocks))
+        features = features_of(self._blocks, state.get("loss_prev", (0.0, 0.0)), sigma_prev)
+        raw = self._tuner.scales(features, self._nets)
+        return raw, normalize(raw, self._numels) if self._normalized else raw.double()
+
+
+class ZOFineTuner(ZOOptimizer):
+    """MeZO with learned, block-wise perturbation scales.
+
+        sigma_i = PertNN_i(loss_plus, loss_minus, sigma_prev_i, mean(theta_i), var(theta_i))
+        u_i = sigma~_i z_i;   c = [L(theta + eps u) - L(theta - eps u)] / (2 eps);   theta <- theta - lr c u
+
+    With sigma = 1 everywhere it is MeZO, bit for bit.
+
+    Args:
+        model: The module to tune; each of its blocks must be known to the tuner, by name and size.
+        tuner: `zotuner.Tuner.from_pretrained(...)`.
+        lr: Learning rate; the normalisation lets MeZO's carry over.
+        eps: Size of a perturbation.
+        noise: "gaussian" (the paper's) or "rademacher".
+        seed: Of the noise.
+        normalized: sigma~ = sigma sqrt(d / sum_j d_j sigma_j^2); without it sigma~ = sigma.
+        estimator: `TwoPoint()`, or `OneSided(N)` for FZOO's estimator with learned scales.
+
+    Raises:
+        ZotunerError: The tuner was made for other blocks; names the first that differ.
+
+    Example:
+        >>> tuner = zotuner.Tuner.from_pretrained("tuners/smollm2-135m-instruct")
+        >>> opt = ZOFineTuner(model, tuner, lr=1e-6)
+        >>> loss = opt.step(lambda: model(**batch).loss)
+
+    References:
+        "Learning a Zeroth-Order Optimizer for Fine-Tuning LLMs", arXiv:2510.00419.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tuner: Tuner,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        noise: str = "gaussian",
+        seed: int = 0,
+        *,
+        normalized: bool = True,
+        estimator: Estimator | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            lr=lr,
+            eps=eps,
+            noise=noise,
+            seed=seed,
+            estimator=estimator or TwoPoint(),
+            scale=lambda blocks: Learned(tuner, blocks, normalized),
+            granularity=tuner.granularity,
+        )

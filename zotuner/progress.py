@@ -1,0 +1,89 @@
+"""Progress of long work: live bars on a terminal, plain lines elsewhere."""
+
+import resource
+import sys
+import time
+from typing import Self
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_EVERY = 10.0  # seconds between lines where output is no terminal
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Bar:
+    """One piece of work of known length."""
+
+    def __init__(self, display: "Display", title: str, total: int) -> None:
+        self._display = display
+        self._title, self._total = title, total
+        self._done = 0
+        self._started = self._printed = time.monotonic()
+        self._task = display.live.add_task(title, total=total, status="") if display.live else None
+
+    def advance(self, count: int = 1, status: str = "") -> None:
+        """Notes that `count` more units are done."""
+        self._done += count
+        rate = self._done / max(1e-9, time.monotonic() - self._started)
+        memory = psutil.Process().memory_info().rss / 2**30
+        text = f"{status}  {rate:.2f}/s  {memory:.2f} GiB".strip()
+        if self._display.live and self._task is not None:
+            self._display.live.update(self._task, advance=count, status=text)
+            return
+        now = time.monotonic()
+        if now - self._printed >= PLAIN_EVERY or self._done == self._total:
+            self._printed = now
+            left = (self._total - self._done) / rate
+            self._display.say(f"{self._title} {self._done}/{self._total}  {text}  {left:.0f} s left")
+
+    def close(self) -> None:
+        """Takes the bar off the display."""
+        if self._display.live and self._task is not None:
+            self._display.live.remove_task(self._task)
+
+
+class Display:
+    """Where a program says what it does: on standard error, so that results can be piped.
+
+    Args:
+        console: rich's; by default one on standard error.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.live: Progress | None = None
+        if self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+
+    def say(self, text: str) -> None:
+        """Prints one line above the bars."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def bar(self, title: str, total: int) -> Bar:
+        """Starts a bar."""
+        return Bar(self, title, total)
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()

@@ -1,0 +1,77 @@
+"""Runs side by side: a table, and the curve of the loss on dev over forward passes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from zotuner.errors import ZotunerError
+from zotuner.metrics import read_rows
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """A finished run's summary.
+
+    Raises:
+        ZotunerError: The folder holds no finished run.
+    """
+    try:
+        summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ZotunerError(f"{run}: expected a finished run, but it has no summary.json") from None
+    except (OSError, ValueError) as error:
+        raise ZotunerError(f"{run / 'summary.json'}: expected JSON: {error}") from None
+    return summary
+
+
+def table(runs: Sequence[Path], title: str | None = None) -> Table:
+    """One row a run: what it cost and what it gave."""
+    out = Table(title=title)
+    for name in ("run", "method", "lr", "steps", "forwards", "seconds", "peak memory", "dev loss (step)", "loss"):
+        out.add_column(name, justify="left" if name in ("run", "method") else "right")
+    out.add_column("accuracy", justify="right")
+    shown: set[tuple[str, str]] = set()
+    for run in runs:
+        s = read_summary(run)
+        if (s["model"], s["task"]) not in shown:
+            shown.add((s["model"], s["task"]))
+            zero = s["zero_shot"]
+            out.add_row(f"{s['task']}", "zero-shot", *[""] * 6, f"{zero['loss']:.4f}", f"{zero['accuracy']:.3f}")
+        best = (s["dev"] or {}).get("best")
+        out.add_row(
+            run.name,
+            s["method"],
+            f"{s['lr']:g}" if s["steps"] else "",
+            str(s["steps"]),
+            str(s["forwards"]),
+            f"{s['seconds']:.0f}",
+            f"{s['peak_rss_bytes'] / 2**30:.2f} GiB",
+            f"{best['loss']:.4f} ({best['step']})" if best else "",
+            f"{s['final']['loss']:.4f}",
+            f"{s['final']['accuracy']:.3f}",
+        )
+    return out
+
+
+def plot(runs: Sequence[Path], path: Path) -> None:
+    """Writes a PNG: loss on dev against forward passes, a line a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for run in runs:
+        if not (run / "evals.jsonl").exists():
+            continue
+        rows = read_rows(run / "evals.jsonl")
+        summary = read_summary(run)
+        label = f"{summary['method']}, lr {summary['lr']:g}"
+        axes.plot([r["forwards"] for r in rows], [r["loss"] for r in rows], marker="o", markersize=3, label=label)
+    axes.set(xlabel="forward passes", ylabel="loss on dev")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,252 @@
+"""The tuner: trained PertNNs as an artefact, a folder of `tuner.safetensors`, `tuner.json` and a model card."""
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from zotuner.blocks import Block, find_blocks, moments
+from zotuner.card import card
+from zotuner.errors import ZotunerError
+from zotuner.files import write_atomically
+from zotuner.pertnn import HIDDEN, FeatureSpec, PertNNBank
+
+FORMAT_VERSION = 1
+WEIGHTS, DESCRIPTION, CARD = "tuner.safetensors", "tuner.json", "README.md"
+SHOWN = 3  # blocks named when a tuner does not fit a model
+
+
+class BlockInfo(BaseModel):
+    """A block as the artefact names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    numel: int = Field(ge=1)
+
+
+class FeatureInfo(BaseModel):
+    """`FeatureSpec` as the artefact writes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    names: tuple[str, ...]
+    transform: tuple[str, ...]
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+
+class TunerInfo(BaseModel):
+    """Everything about a tuner but its weights: the content of `tuner.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = FORMAT_VERSION
+    base_model: str = ""
+    base_weights_sha256: str = ""
+    architecture: Literal["abs", "exp"]
+    granularity: Literal["block", "layer"] = "block"
+    normalized: bool = True
+    blocks: tuple[BlockInfo, ...] = Field(min_length=1)
+    features: FeatureInfo
+    tasks: tuple[str, ...] = ()
+    config: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    license: str = "apache-2.0"
+    notes: str = ""
+
+
+class Tuner:
+    """Frozen PertNNs of a model's blocks.
+
+    Args:
+        info: What they are.
+        bank: The nets, in the order of `info.blocks`.
+
+    Example:
+        >>> tuner = Tuner.from_pretrained("tuners/smollm2-135m-instruct")
+        >>> opt = zotuner.ZOFineTuner(model, tuner, lr=1e-6)
+    """
+
+    def __init__(self, info: TunerInfo, bank: PertNNBank) -> None:
+        self.info = info
+        self.bank = bank
+        fields = info.features.model_dump(exclude={"names"})
+        self.spec = FeatureSpec(**fields)
+        self._position = {block.name: i for i, block in enumerate(info.blocks)}
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        architecture: Literal["abs", "exp"] = "exp",
+        seed: int = 0,
+        *,
+        granularity: Literal["block", "layer"] = "block",
+        **about: Any,
+    ) -> Self:
+        """Fresh PertNNs for a model's blocks.
+
+        Args:
+            model: Its trainable parameters count.
+            architecture: "abs" (the paper's) or "exp" (starts at sigma = 1).
+            seed: Of the nets' weights.
+            granularity: "block" or "layer".
+            **about: Further fields of `TunerInfo`.
+        """
+        blocks = find_blocks(model, granularity)
+        spec = FeatureSpec()
+        if architecture == "exp":
+            mean, var = torch.tensor([moments(block) for block in blocks]).T
+            spec = FeatureSpec.standardized(mean, var)
+        info = TunerInfo(
+            architecture=architecture,
+            granularity=granularity,
+            blocks=tuple(BlockInfo(name=block.name, numel=block.numel) for block in blocks),
+            features=FeatureInfo(**spec.to_dict()),
+            versions=versions(),
+            **about,
+        )
+        return cls(info, PertNNBank(len(blocks), architecture, seed=seed))
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The blocks' names, in the order of the nets."""
+        return tuple(self._position)
+
+    @property
+    def granularity(self) -> str:
+        """"block" or "layer": the blocks that a model must be cut into."""
+        return self.info.granularity
+
+    def nets_for(self, blocks: Sequence[Block]) -> Tensor:
+        """Which net each of a model's blocks has: (n,) int64. A tuner may know blocks that the model keeps frozen.
+
+        Raises:
+            ZotunerError: A block is unknown or has another size; names the first ones.
+        """
+        wrong = []
+        for block in blocks:
+            at = self._position.get(block.name)
+            if at is None:
+                wrong.append(f"{block.name} ({block.numel} elements; the tuner does not know it)")
+            elif self.info.blocks[at].numel != block.numel:
+                wrong.append(f"{block.name} ({block.numel} elements; the tuner has {self.info.blocks[at].numel})")
+        if wrong:
+            more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+            raise ZotunerError(
+                f"the tuner was made for {self.info.base_model or 'another model'} and does not fit this model: "
+                f"{len(wrong)} of {len(blocks)} blocks differ: {'; '.join(wrong[:SHOWN])}{more}; "
+                "use a tuner of this model's base, or meta-train one"
+            )
+        return torch.tensor([self._position[block.name] for block in blocks])
+
+    @torch.no_grad()
+    def scales(
+        self,
+        features: Tensor,  # (m, 5) raw: loss_plus, loss_minus, sigma_prev, mean, var
+        nets: Tensor | None = None,  # (m,) from `nets_for`; None: one row a net, in order
+    ) -> Tensor:  # (m,) raw sigma, float32
+        """The PertNNs' answer, before normalisation."""
+        raw: Tensor = self.bank(self.spec(features.float()), nets)
+        return raw
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the three files, each atomically."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / WEIGHTS, save({k: v.contiguous() for k, v in self.bank.state_dict().items()}))
+        write_atomically(folder / DESCRIPTION, self.info.model_dump_json(indent=2) + "\n")
+        write_atomically(folder / CARD, card(self.info.model_dump()))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:
+        """Loads a tuner; no code of the file runs.
+
+        Args:
+            name: A folder, or a Hub id such as "someone/smollm2-tuner".
+            revision: Branch, tag or commit on the Hub.
+
+        Raises:
+            ZotunerError: No such tuner, a missing, truncated or inconsistent file.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = _download(str(name), revision)
+        info = _read_info(folder / DESCRIPTION)
+        return cls(info, _read_bank(folder / WEIGHTS, info))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+        """Uploads the three files, making the repository if need be; returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload tuner"
+            )
+        return str(commit.commit_url)
+
+
+def versions() -> dict[str, str]:
+    """What made a file: for its record."""
+    from zotuner import __version__
+
+    return {"zotuner": __version__, "torch": version("torch"), "python": platform.python_version()}
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, DESCRIPTION, CARD]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ZotunerError(f"{name}: no such tuner: neither a folder nor to be had from the Hub ({reason})") from None
+
+
+def _read_info(path: Path) -> TunerInfo:
+    try:
+        return TunerInfo.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ZotunerError(f"{path}: missing; a tuner is a folder with {WEIGHTS} and {DESCRIPTION}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "content"
+        raise ZotunerError(f"{path}: {key}: {first['msg']}, got {str(first['input'])[:60]!r}") from None
+
+
+def _read_bank(path: Path, info: TunerInfo) -> PertNNBank:
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise ZotunerError(f"{path}: missing; a tuner is a folder with {WEIGHTS} and {DESCRIPTION}") from None
+    except (SafetensorError, OSError) as error:
+        raise ZotunerError(f"{path}: expected a whole safetensors file: {error}; get the file again") from None
+    n = len(info.blocks)
+    with torch.device("meta"):
+        bank = PertNNBank(n, info.architecture)
+    for name, param in bank.named_parameters():
+        came = weights.get(name)
+        if came is None or came.shape != param.shape or not came.is_floating_point():
+            shape = None if came is None else tuple(came.shape)
+            raise ZotunerError(
+                f"{path}: key {name}: expected a floating-point tensor {tuple(param.shape)} for {n} blocks of "
+                f"{HIDDEN} hidden units, got {shape}"
+            )
+        if not torch.isfinite(came).all():
+            raise ZotunerError(f"{path}: key {name}: expected finite weights, got infinities or NaN")
+    bank.load_state_dict({k: v.float() for k, v in weights.items() if k in dict(bank.named_parameters())}, assign=True)
+    return bank
