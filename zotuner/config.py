@@ -34,6 +34,7 @@ class Config(BaseModel):
     data_dir: Path | None = Field(None, description="read D/<task>/{train,validation,test}.jsonl, not the Hub")
     dtype: DTYPE = Field("float32", description="of the weights")
     train_size: int = Field(1000, ge=1, description="training examples drawn by the seed")
+    max_skipped: int = Field(10, ge=1, description="stop after so many steps in a row whose loss is not finite")
     max_length: int = Field(1024, ge=2, description="tokens; longer prompts lose their beginning")
 
     @classmethod
@@ -72,7 +73,6 @@ class FinetuneConfig(Config):
     eval_size: int = Field(1000, ge=1, description="evaluation examples")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations on dev; default: 5 a run")
     eval_batch_size: int = Field(32, ge=1, description="examples a forward in evaluation")
-    max_skipped: int = Field(10, ge=1, description="stop after so many steps in a row whose loss is not finite")
     save_model: bool = Field(False, description="write the tuned model to OUT/model")
 
     @model_validator(mode="after")

@@ -5,14 +5,11 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from zotuner import noise
 from zotuner.config import FinetuneConfig
@@ -21,24 +18,15 @@ from zotuner.evaluate import evaluate
 from zotuner.files import RUN_MARK, check_out, claim_out, write_atomically
 from zotuner.ledger import Ledger
 from zotuner.metrics import MetricsLog, jsonable
-from zotuner.models import load_model, save_model, weights_sha256
+from zotuner.models import keep_weights, load_model, restore_weights, save_model, weights_sha256
 from zotuner.objective import Batch, Objective
 from zotuner.optim import FZOO, MeZO, ZOFineTuner, ZOOptimizer
 from zotuner.progress import Bar, Display, peak_rss_bytes
-from zotuner.tasks import Example, Splits, get_task
+from zotuner.tasks import Example, Splits, batches, get_task
+from zotuner.trajectory import first_order
 from zotuner.tuner import Tuner, versions
 
 BEST = "best.safetensors"  # the best weights so far, for the time of a run
-
-
-def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
-    """Endless batches: each epoch is a new order, drawn by (seed, epoch); an epoch's last batch may be smaller."""
-    epoch = 0
-    while True:
-        order = np.random.default_rng((seed, epoch)).permutation(len(examples))
-        for start in range(0, len(order), batch_size):
-            yield [examples[i] for i in order[start : start + batch_size]]
-        epoch += 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,7 @@ class AdamStepper:
 
     def __init__(self, config: FinetuneConfig, model: Any) -> None:
         assert config.lr is not None
-        self.optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+        self.optimizer = first_order("adam", model, config.lr)
         self._model = model
 
     def __call__(self, objective: Objective, batch: Batch) -> Taken:
@@ -163,7 +151,8 @@ def finetune(config: FinetuneConfig, display: Display) -> dict[str, Any]:
         totals, dev = Progressed(), None
         if stepper is not None and config.steps:
             dev = _train(config, setup, stepper, totals, display)
-            _restore(setup.model, config.out / BEST)
+            restore_weights(setup.model, config.out / BEST)
+            (config.out / BEST).unlink()
         final = _evaluate(setup, setup.splits.test, config, display, "final") if totals.steps else zero_shot
         if config.save_model:
             save_model(setup.model, setup.tokenizer, config.out / "model")
@@ -234,7 +223,7 @@ def _train(
                 display.say(f"step {totals.steps}: dev loss {came['loss']:.4f}, accuracy {came['accuracy']:.3f}")
                 if best is None or came["loss"] < best["loss"]:
                     best = {"step": totals.steps, **came}
-                    _keep(setup.model, config.out / BEST)
+                    keep_weights(setup.model, config.out / BEST)
             if totals.steps == config.steps:
                 break
     bar.close()
@@ -303,23 +292,6 @@ def _evaluate(
     came = evaluate(setup.model, setup.objective, examples, config.eval_batch_size, advance=bar.advance)
     bar.close()
     return came
-
-
-def _keep(model: Any, path: Path) -> None:
-    """Writes the trainable weights aside and renames them into place."""
-    aside = path.with_suffix(".part")
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}, aside)
-    aside.replace(path)
-
-
-@torch.no_grad()
-def _restore(model: Any, path: Path) -> None:
-    """Takes the kept weights back, and the file away."""
-    kept = load_file(path)
-    for name, param in model.named_parameters():
-        if name in kept:
-            param.copy_(kept[name])
-    path.unlink()
 
 
 def _not_finite(config: FinetuneConfig, step: int, count: int) -> str:

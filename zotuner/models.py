@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from zotuner.errors import ZotunerError, unknown
@@ -60,6 +62,22 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     with built_aside(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+
+
+def keep_weights(model: nn.Module, path: Path) -> None:
+    """Writes the trainable parameters to a safetensors file, aside first, then renamed."""
+    aside = path.with_suffix(".part")
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}, aside)
+    aside.replace(path)
+
+
+@torch.no_grad()
+def restore_weights(model: nn.Module, path: Path) -> None:
+    """Takes kept parameters back, one at a time, so that no second model is held."""
+    with safe_open(path, framework="pt") as kept:
+        for name, param in model.named_parameters():
+            if param.requires_grad:
+                param.copy_(kept.get_tensor(name))
 
 
 def weights_sha256(model: nn.Module) -> str:

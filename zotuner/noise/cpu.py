@@ -36,8 +36,10 @@ S3, S5, S7, S9 = (F32(c) for c in (-1 / 6, 1 / 120, -1 / 5040, 1 / 362880))
 C2, C4, C6, C8 = (F32(c) for c in (-1 / 2, 1 / 24, -1 / 720, 1 / 40320))
 L3, L5, L7, L9 = (F32(c) for c in (2 / 3, 2 / 5, 2 / 7, 2 / 9))
 
-jit = njit(cache=True, nogil=True)
-inline = njit(inline="always")
+# numpy's error model: a division that may raise would keep a loop from being vectorised
+OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+jit = njit(**OPTIONS)
+inline = njit(inline="always", error_model="numpy")
 
 
 @inline
@@ -136,9 +138,11 @@ def _add(dst, src, alphas, start, kind, c1, c2, c3, k0, k1):  # type: ignore[no-
                     else:
                         for i in range(TILE):
                             total[i] += alpha * z[i]
-                offset, base = low - start, low - tile * TILE
+                # slices, so that the loop's index is seen not to be negative, and the loop is vectorised
+                to, of = dst[low - start : high - start], src[low - start : high - start]
+                sums = total[low - tile * TILE : high - tile * TILE]
                 for i in range(high - low):
-                    dst[offset + i] = src[offset + i] + total[base + i]
+                    to[i] = of[i] + sums[i]
 
 
 def _dot(partial, g, start, kind, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
@@ -152,14 +156,15 @@ def _dot(partial, g, start, kind, c1, c2, c3, k0, k1):  # type: ignore[no-untype
             low, high = max(start, tile * TILE), min(stop, (tile + 1) * TILE)
             if low < high:
                 _fill(z, kind, tile, c1, c2, c3, k0, k1)
+                values, noise = g[low - start : high - start], z[low - tile * TILE : high - tile * TILE]
                 for i in range(high - low):
-                    total += np.float64(g[low - start + i] * z[low - tile * TILE + i])
+                    total += np.float64(values[i] * noise[i])
         partial[grain] = total
 
 
 def _pair(kernel: Callable[..., None]) -> tuple[Any, Any]:
     """A kernel for one thread, and the same one for all of them."""
-    return jit(kernel), njit(cache=True, nogil=True, parallel=True)(kernel)
+    return jit(kernel), njit(parallel=True, **OPTIONS)(kernel)
 
 
 _SAMPLE, _ADD, _DOT = _pair(_sample), _pair(_add), _pair(_dot)

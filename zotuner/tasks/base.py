@@ -1,6 +1,7 @@
 """What a task is: where its rows come from, and how a row becomes a prompt with candidates."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -137,6 +138,16 @@ class EmbeddedTask(Task):
     def _read(self, split: str) -> tuple[str, list[Row]]:
         path = Path(__file__).parent / "data" / self.name / f"{split}.jsonl"
         return path.name, read_rows(path)
+
+
+def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
+    """Endless batches: each epoch is a new order, drawn by (seed, epoch); an epoch's last batch may be smaller."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(len(examples))
+        for start in range(0, len(order), batch_size):
+            yield [examples[i] for i in order[start : start + batch_size]]
+        epoch += 1
 
 
 def _shuffled(rows: list[Row], random: np.random.Generator) -> list[Row]:

@@ -1,0 +1,287 @@
+"""Meta-training: learns PertNNs from virtual zeroth-order steps along a first-order trajectory.
+
+    point theta_0  ->  features -> sigma~  ->  c from L(theta_0 +- eps u)  ->  theta_1 = theta_0 - lr_inner c u
+                   ->  one backward at theta_1, dot by dot  ->  d meta-loss / d sigma~  ->  PertNNs (Adam)
+
+Source: ZO Fine-tuner, arXiv:2510.00419. With z and c held fixed, dL(theta_1) / d sigma~_i = -lr_inner c <grad_i L(theta_1), z_i>:
+no graph over the parameters, no copy of the model, and each gradient is freed as soon as its dot is taken.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotuner import noise
+from zotuner.blocks import Block, find_blocks, pieces_of
+from zotuner.config import MetaTrainConfig
+from zotuner.errors import ZotunerError
+from zotuner.files import RUN_MARK, check_out, claim_out, write_atomically
+from zotuner.metrics import MetricsLog, jsonable
+from zotuner.models import load_model, weights_sha256
+from zotuner.objective import Objective
+from zotuner.optim.estimators import TwoPoint
+from zotuner.optim.zo_finetuner import features_of
+from zotuner.perturb import Closure, Draw, Perturber, shift
+from zotuner.pertnn import normalize
+from zotuner.progress import Display, peak_rss_bytes
+from zotuner.tasks import Splits, get_task
+from zotuner.trajectory import Point, Recorded, Walk
+from zotuner.tuner import Tuner
+
+
+@dataclass(frozen=True)
+class VirtualStep:
+    """What one virtual zeroth-order step says.
+
+    Attributes:
+        losses: (loss_plus, loss_minus).
+        coefficient: c.
+        meta_loss: L(theta_1).
+        gradient: (n,) float64: d meta_loss / d sigma~, z and c held fixed.
+    """
+
+    losses: tuple[float, ...]
+    coefficient: float
+    meta_loss: float
+    gradient: Tensor
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it can be used."""
+        return math.isfinite(self.meta_loss) and bool(torch.isfinite(self.gradient).all())
+
+
+@contextmanager
+def block_dots(blocks: Sequence[Block], draw: Draw, dots: Tensor) -> Iterator[None]:
+    """While it lasts, a backward adds <grad_i, z_i> to `dots` (n,) and frees each gradient at once."""
+    pieces: dict[nn.Parameter, list[tuple[int, Any]]] = {}
+    for number, piece in pieces_of(blocks):
+        pieces.setdefault(piece.param, []).append((number, piece))
+
+    def consume(param: Tensor) -> None:
+        assert param.grad is not None
+        for number, piece in pieces[param]:  # type: ignore[index]
+            dots[number] += noise.dot(piece.of(param.grad), **draw.at(number, piece.start))
+        param.grad = None
+
+    handles = [param.register_post_accumulate_grad_hook(consume) for param in pieces]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def virtual_step(
+    perturber: Perturber,
+    blocks: Sequence[Block],
+    closure: Closure,  # differentiable in the blocks' parameters
+    draw: Draw,
+    scales: Tensor,  # (n,) sigma~
+    *,
+    eps: float,
+    lr: float,  # of the virtual step
+) -> VirtualStep:
+    """One virtual step and the gradient of the loss after it with respect to each block's scale.
+
+    The weights come back to where they were by the same step with the opposite sign: to within rounding.
+    """
+    sigma, estimator = scales.tolist(), TwoPoint()
+    with torch.no_grad():
+        losses = estimator.losses(lambda _, e: perturber.loss(closure, draw, [e * s for s in sigma]), eps)
+    (c,) = estimator.coefficients(losses, eps)
+    dots = torch.zeros(len(blocks), dtype=torch.float64)
+    if not math.isfinite(c):
+        return VirtualStep(losses, c, math.nan, dots)
+    step = [[-lr * c * s] for s in sigma]
+    shift(blocks, draw, step)
+    try:
+        with torch.enable_grad(), block_dots(blocks, draw, dots):
+            loss = closure()
+            loss.backward()  # type: ignore[union-attr]
+    finally:
+        shift(blocks, draw, [[-a for a in alphas] for alphas in step])
+    return VirtualStep(losses, c, float(loss.detach()), -lr * c * dots)  # type: ignore[union-attr]
+
+
+class MetaTrainer:
+    """Updates a tuner's PertNNs, point by point.
+
+    Args:
+        model: At the trajectory's weights whenever `update` is called.
+        tuner: Whose nets are trained.
+        config: Noise, eps, learning rates, draws, normalisation.
+    """
+
+    def __init__(self, model: nn.Module, tuner: Tuner, config: MetaTrainConfig) -> None:
+        self.blocks = find_blocks(model, tuner.granularity)
+        self._tuner, self._config = tuner, config
+        self._numels = torch.tensor([block.numel for block in self.blocks])
+        self._perturber = Perturber(model, self.blocks)
+        self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
+        self._loss_prev = (0.0, 0.0)
+        self._sigma_prev = torch.ones(len(self.blocks))
+
+    def update(self, closure: Closure, *, number: int, position: int) -> dict[str, Any]:
+        """One outer step at the model's present weights.
+
+        Args:
+            closure: The differentiable loss of the point's batch.
+            number: Of the point; noise is drawn with it.
+            position: 0: the trajectory begins anew, and so do the nets' inputs.
+
+        Returns:
+            What a row of metrics holds.
+        """
+        if position == 0:
+            self._loss_prev, self._sigma_prev = (0.0, 0.0), torch.ones(len(self.blocks))
+        raw, scales = self.scales()
+        steps = [
+            virtual_step(
+                self._perturber,
+                self.blocks,
+                closure,
+                Draw(self._config.noise, self._config.seed, number, branch),
+                scales.detach(),
+                eps=self._config.eps,
+                lr=self._config.inner_lr,
+            )
+            for branch in range(self._config.draws)
+        ]
+        usable = [step for step in steps if step.finite]
+        if usable:
+            gradient = torch.stack([step.gradient for step in usable]).mean(dim=0)
+            self._outer.zero_grad()
+            (scales * gradient).sum().backward()
+            self._outer.step()
+            losses = [step.losses for step in usable]
+            self._loss_prev = (_mean([a for a, _ in losses]), _mean([b for _, b in losses]))
+            self._sigma_prev = raw.detach()
+        log_sigma = torch.log(scales.detach().clamp_min(1e-12))
+        return {
+            "loss": _mean([sum(step.losses) / 2 for step in steps]),
+            "meta_loss": _mean([step.meta_loss for step in steps]),
+            "coefficients": [step.coefficient for step in steps],
+            "sigma_min": float(scales.detach().min()),
+            "sigma_max": float(scales.detach().max()),
+            "sigma_log_std": float(log_sigma.std()) if len(log_sigma) > 1 else 0.0,
+            "skipped": len(steps) - len(usable),
+        }
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """(raw sigma, sigma~), both (n,), with their graph into the PertNNs."""
+        features = features_of(self.blocks, self._loss_prev, self._sigma_prev.tolist())
+        raw = self._tuner.bank(self._tuner.spec(features))
+        return raw, normalize(raw, self._numels) if self._config.normalized else raw.double()
+
+
+def meta_train(config: MetaTrainConfig, display: Display) -> Tuner:
+    """Runs a meta-training and fills its run directory.
+
+    Args:
+        config: All options.
+        display: Where progress goes.
+
+    Returns:
+        The tuner, which lies in `config.out`.
+
+    Raises:
+        ZotunerError: Something that the user can put right; nothing was written unless the run had begun.
+    """
+    with display:
+        display.say(f"loading {config.model} and {', '.join(config.tasks)}")
+        check_out(config.out, config.overwrite)
+        tasks = {name: get_task(name, config.data_dir) for name in config.tasks}
+        splits = {name: task.splits(train_size=config.train_size, seed=config.seed) for name, task in tasks.items()}
+        model, tokenizer = load_model(config.model, dtype=config.dtype)
+        objectives = {name: Objective(task, tokenizer, config.max_length) for name, task in tasks.items()}
+        tuner = Tuner.for_model(
+            model,
+            config.architecture,
+            config.seed,
+            granularity=config.granularity,
+            normalized=config.normalized,
+            base_model=config.model,
+            base_weights_sha256=weights_sha256(model),
+            tasks=config.tasks,
+            config=config.model_dump(mode="json", exclude={"out", "data_dir", "overwrite", "trajectory"}),
+        )
+
+        def loss(task: str, examples: Any) -> Tensor:
+            return objectives[task].loss(model, objectives[task].training_batch(examples))
+
+        points = _trajectory(config, model, loss, splits)
+        claim_out(config.out, config.overwrite)
+        write_atomically(config.out / RUN_MARK, config.to_yaml())
+        trainer = MetaTrainer(model, tuner, config)
+        seconds = _walk(config, trainer, points, loss, display)
+        tuner.save_pretrained(config.out)
+        summary = {
+            "model": config.model,
+            "tasks": config.tasks,
+            "steps": config.steps,
+            "seconds": round(seconds, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "blocks": len(tuner.block_names),
+            "seed": config.seed,
+            "versions": tuner.info.versions,
+        }
+        write_atomically(config.out / "summary.json", json.dumps(jsonable(summary), indent=2) + "\n")
+        display.say(f"tuner for {len(tuner.block_names)} blocks written to {config.out}")
+    return tuner
+
+
+def _trajectory(config: MetaTrainConfig, model: Any, loss: Any, splits: dict[str, Splits]) -> Walk | Recorded:
+    train = {name: split.train for name, split in splits.items()}
+    if config.trajectory is not None:
+        return Recorded(model, train, config.trajectory)
+    return Walk(
+        model,
+        loss,
+        train,
+        config.out / "trajectory",
+        optimizer=config.fo_optimizer,
+        lr=config.fo_lr,
+        reset_every=config.reset_every,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        snapshot_every=config.snapshot_every,
+    )
+
+
+def _walk(config: MetaTrainConfig, trainer: MetaTrainer, points: Walk | Recorded, loss: Any, display: Display) -> float:
+    """One outer step at every point. Returns the seconds it took."""
+    bar = display.bar("meta-train", config.steps)
+    started = time.perf_counter()
+    in_a_row = 0
+    with MetricsLog(config.out / "metrics.jsonl") as metrics:
+        for point in points.points(config.steps):
+            row = _update(trainer, point, loss)
+            seconds = round(time.perf_counter() - started, 3)
+            metrics.write(step=point.number, position=point.position, task=point.task, seconds=seconds, **row)
+            in_a_row = in_a_row + 1 if row["skipped"] == config.draws else 0
+            if in_a_row >= config.max_skipped:
+                raise ZotunerError(f"step {point.number}: no loss was finite {in_a_row} steps in a row; try a smaller lr")
+            bar.advance(
+                status=f"loss {row['loss']:.4f}  meta-loss {row['meta_loss']:.4f}  "
+                f"sigma {row['sigma_min']:.2f} to {row['sigma_max']:.2f}"
+            )
+    bar.close()
+    return time.perf_counter() - started
+
+
+def _update(trainer: MetaTrainer, point: Point, loss: Any) -> dict[str, Any]:
+    return trainer.update(
+        lambda: loss(point.task, point.examples), number=point.number, position=point.position
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,163 @@
+"""First-order trajectories: the weights that a model passes through as Adam tunes it, seen again and again.
+
+    theta_0  --Adam-->  theta_1  --Adam-->  ...  --every R points-->  theta_0  ...
+
+A trajectory can be recorded (batches and losses always, weights on request) and visited again without walking it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zotuner.errors import ZotunerError
+from zotuner.metrics import MetricsLog, read_rows
+from zotuner.models import keep_weights, restore_weights
+from zotuner.tasks import Example
+
+MOMENTUM = 0.9  # of SGD
+ROWS, START = "points.jsonl", "start.safetensors"
+
+Loss = Callable[[str, Sequence[Example]], Tensor]  # (task, examples) -> 0-d loss at the model's present weights
+
+
+@dataclass(frozen=True)
+class Point:
+    """One stop of a trajectory; the model's weights are at it.
+
+    Attributes:
+        number: From 0, over the whole walk.
+        position: Steps since the last reset.
+        task: Whose batch it is.
+        examples: The batch.
+    """
+
+    number: int
+    position: int
+    task: str
+    examples: tuple[Example, ...]
+
+
+def first_order(name: Literal["adam", "sgd"], model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Adam, or SGD with momentum 0.9, over a model's trainable parameters; fused, so that no copies are made."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if name == "adam":
+        return torch.optim.Adam(params, lr=lr, fused=True)
+    return torch.optim.SGD(params, lr=lr, momentum=MOMENTUM, fused=True)
+
+
+class Walk:
+    """Walks a trajectory, and records it.
+
+    Args:
+        model: Its weights are moved.
+        loss: Evaluates a batch.
+        train: Training examples of each task.
+        folder: Where the record goes; made here.
+        optimizer: "adam" or "sgd".
+        lr: Of that optimizer.
+        reset_every: Points after which weights and optimizer start anew.
+        batch_size: Examples a point.
+        seed: Of tasks' order and batches.
+        snapshot_every: Keep the weights of every such point, so that it can be visited again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        train: Mapping[str, Sequence[Example]],
+        folder: Path,
+        *,
+        optimizer: Literal["adam", "sgd"],
+        lr: float,
+        reset_every: int,
+        batch_size: int,
+        seed: int,
+        snapshot_every: int | None = None,
+    ) -> None:
+        self._model, self._loss, self._train, self._folder = model, loss, train, folder
+        self._make = lambda: first_order(optimizer, model, lr)
+        self._reset_every, self._batch_size, self._seed = reset_every, batch_size, seed
+        self._snapshot_every = snapshot_every
+
+    def points(self, count: int) -> Iterator[Point]:
+        """Yields each point with the model at it, and takes the step to the next when asked for that."""
+        self._folder.mkdir(parents=True)
+        start = self._folder / START
+        keep_weights(self._model, start)
+        optimizer = self._make()
+        with MetricsLog(self._folder / ROWS) as rows:
+            for number in range(count):
+                position = number % self._reset_every
+                if number and position == 0:
+                    restore_weights(self._model, start)
+                    optimizer = self._make()
+                task, chosen = self._batch(number)
+                snapshot = self._snapshot(number)
+                point = Point(number, position, task, tuple(self._train[task][i] for i in chosen))
+                yield point
+                loss = self._step(optimizer, point)
+                rows.write(number=number, position=position, task=task, examples=chosen, loss=loss, snapshot=snapshot)
+        start.unlink()
+
+    def _batch(self, number: int) -> tuple[str, list[int]]:
+        """The task and the batch of a point: a function of (seed, number) alone."""
+        tasks = list(self._train)
+        turn = np.random.default_rng((self._seed, number // len(tasks))).permutation(len(tasks))
+        task = tasks[turn[number % len(tasks)]]
+        random = np.random.default_rng((self._seed, number, 1))
+        size = min(self._batch_size, len(self._train[task]))
+        return task, random.choice(len(self._train[task]), size, replace=False).tolist()
+
+    def _snapshot(self, number: int) -> str | None:
+        if self._snapshot_every is None or number % self._snapshot_every:
+            return None
+        name = f"point-{number:06d}.safetensors"
+        keep_weights(self._model, self._folder / name)
+        return name
+
+    def _step(self, optimizer: torch.optim.Optimizer, point: Point) -> float:
+        """One first-order step on the point's batch; gradients do not outlive it."""
+        loss = self._loss(point.task, point.examples)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+
+class Recorded:
+    """Visits the kept points of a recorded trajectory, over and over, without walking.
+
+    Args:
+        model: Its weights are moved.
+        train: Training examples of each task, drawn as in the recorded run.
+        folder: Of the record.
+
+    Raises:
+        ZotunerError: No record, no kept weights, or other tasks than the record's.
+    """
+
+    def __init__(self, model: nn.Module, train: Mapping[str, Sequence[Example]], folder: Path) -> None:
+        self._model, self._train, self._folder = model, train, folder
+        self._rows: list[dict[str, Any]] = [row for row in read_rows(folder / ROWS) if row["snapshot"]]
+        if not self._rows:
+            raise ZotunerError(f"{folder / ROWS}: no point has its weights kept; record with --snapshot-every")
+        for row in self._rows:
+            if row["task"] not in train or max(row["examples"]) >= len(train[row["task"]]):
+                raise ZotunerError(
+                    f"{folder / ROWS}: point {row['number']} is of task {row['task']}, example {max(row['examples'])}; "
+                    "pass the --tasks, --data-dir, --train-size and --seed that the record was made with"
+                )
+
+    def points(self, count: int) -> Iterator[Point]:
+        """Yields `count` points with the model at each."""
+        for number in range(count):
+            row = self._rows[number % len(self._rows)]
+            restore_weights(self._model, self._folder / row["snapshot"])
+            examples = tuple(self._train[row["task"]][i] for i in row["examples"])
+            yield Point(number, row["position"], row["task"], examples)
