@@ -115,9 +115,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def run(code: str, hub: HubServer, home: Path, *args: str) -> dict[str, object]:
     """Runs a script with the server's environment and returns the JSON of its last line."""
     command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(
-        command, env=hub_env(hub, home), capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, env=hub_env(hub, home), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -261,9 +259,7 @@ def test_uploads_that_are_refused(hub: HubServer, api: HfApi) -> None:
         (("acme/tiny", "main", "none.txt"), "EntryNotFound", EntryNotFoundError),
     ],
 )
-def test_missing_things(
-    hub: HubServer, place: tuple[str, str, str], code: str, error: type[Exception]
-) -> None:
+def test_missing_things(hub: HubServer, place: tuple[str, str, str], code: str, error: type[Exception]) -> None:
     put(hub, "models/acme/tiny", {"a.txt": "a"})
     repo_id, revision, name = place
     with pytest.raises(error) as caught:

@@ -6,7 +6,7 @@ A block is a parameter tensor; at granularity "layer" it is all the tensors of o
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,7 +177,7 @@ def _mean_and_variance(tensor: Tensor) -> tuple[float, float]:
     return float(mean_), float(variance)
 
 
-def pieces_of(blocks: tuple[Block, ...]) -> Iterator[tuple[int, Piece]]:
+def pieces_of(blocks: Sequence[Block]) -> Iterator[tuple[int, Piece]]:
     """Every piece with its block's number."""
     for number, block in enumerate(blocks):
         for piece in block.pieces:

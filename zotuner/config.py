@@ -1,6 +1,6 @@
 """Configurations: every option, its type, unit, bounds and default, and nowhere else.
 
-    defaults  <  --config FILE (YAML)  <  flags  ->  one frozen, checked object
+defaults  <  --config FILE (YAML)  <  flags  ->  one frozen, checked object
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Fine-tuning: one model, one task, one method, one run directory.
 
-    zero-shot evaluation  ->  steps, with evaluations on dev  ->  best on dev  ->  final evaluation  ->  summary
+zero-shot evaluation  ->  steps, with evaluations on dev  ->  best on dev  ->  final evaluation  ->  summary
 """
 
 import json
@@ -45,7 +45,7 @@ class ZOStepper:
     """Steps of a zeroth-order method."""
 
     def __init__(self, config: FinetuneConfig, model: Any, tuner: Tuner | None) -> None:
-        assert config.lr is not None and config.noise is not None
+        assert config.lr is not None
         common: dict[str, Any] = {"lr": config.lr, "eps": config.eps, "noise": config.noise, "seed": config.seed}
         self.optimizer: ZOOptimizer
         if config.method == "mezo":
@@ -190,7 +190,7 @@ def _stepper(config: FinetuneConfig, setup: Setup) -> Stepper | None:
 def _train(
     config: FinetuneConfig, setup: Setup, stepper: Stepper, totals: Progressed, display: Display
 ) -> dict[str, Any]:
-    """All steps; afterwards the weights of the best evaluation on dev lie in the run directory. Returns what dev said."""
+    """All steps; the weights of the best evaluation on dev stay in the run directory. Returns what dev said."""
     assert config.eval_every is not None
     schedule = None
     if config.lr_schedule == "linear":
@@ -230,9 +230,7 @@ def _train(
     return {"zero_shot": start, "best": best, "last": came}
 
 
-def _one(
-    setup: Setup, stepper: Stepper, examples: Sequence[Example], totals: Progressed, metrics: MetricsLog
-) -> Taken:
+def _one(setup: Setup, stepper: Stepper, examples: Sequence[Example], totals: Progressed, metrics: MetricsLog) -> Taken:
     """One step and its row of metrics; only the step itself is timed."""
     started = time.perf_counter()
     batch = setup.objective.training_batch(examples)

@@ -89,7 +89,7 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], list[Record]]:
     layout = _layout(header["losses"])
     size = layout.size + _CRC.size
     body = start + length + _CRC.size
-    records = []
+    records: list[Record] = []
     for offset in range(body, len(data) - size + 1, size):
         packed = data[offset : offset + layout.size]
         if _CRC.unpack_from(data, offset + layout.size) != (zlib.crc32(packed),):

@@ -3,8 +3,11 @@
     point theta_0  ->  features -> sigma~  ->  c from L(theta_0 +- eps u)  ->  theta_1 = theta_0 - lr_inner c u
                    ->  one backward at theta_1, dot by dot  ->  d meta-loss / d sigma~  ->  PertNNs (Adam)
 
-Source: ZO Fine-tuner, arXiv:2510.00419. With z and c held fixed, dL(theta_1) / d sigma~_i = -lr_inner c <grad_i L(theta_1), z_i>:
-no graph over the parameters, no copy of the model, and each gradient is freed as soon as its dot is taken.
+Source: ZO Fine-tuner, arXiv:2510.00419. With z and c held fixed,
+
+    dL(theta_1) / d sigma~_i = -lr_inner c <grad_i L(theta_1), z_i>
+
+so there is no graph over the parameters and no copy of the model, and a gradient is freed once its dot is taken.
 """
 
 import json
@@ -28,8 +31,8 @@ from zotuner.models import load_model, weights_sha256
 from zotuner.objective import Objective
 from zotuner.optim.estimators import TwoPoint
 from zotuner.optim.zo_finetuner import features_of
-from zotuner.perturb import Closure, Draw, Perturber, shift
 from zotuner.pertnn import normalize
+from zotuner.perturb import Closure, Draw, Perturber, shift
 from zotuner.progress import Display, peak_rss_bytes
 from zotuner.tasks import Splits, get_task
 from zotuner.trajectory import Point, Recorded, Walk
@@ -268,7 +271,9 @@ def _walk(config: MetaTrainConfig, trainer: MetaTrainer, points: Walk | Recorded
             metrics.write(step=point.number, position=point.position, task=point.task, seconds=seconds, **row)
             in_a_row = in_a_row + 1 if row["skipped"] == config.draws else 0
             if in_a_row >= config.max_skipped:
-                raise ZotunerError(f"step {point.number}: no loss was finite {in_a_row} steps in a row; try a smaller lr")
+                raise ZotunerError(
+                    f"step {point.number}: no loss was finite {in_a_row} steps in a row; try a smaller lr"
+                )
             bar.advance(
                 status=f"loss {row['loss']:.4f}  meta-loss {row['meta_loss']:.4f}  "
                 f"sigma {row['sigma_min']:.2f} to {row['sigma_max']:.2f}"
@@ -278,9 +283,7 @@ def _walk(config: MetaTrainConfig, trainer: MetaTrainer, points: Walk | Recorded
 
 
 def _update(trainer: MetaTrainer, point: Point, loss: Any) -> dict[str, Any]:
-    return trainer.update(
-        lambda: loss(point.task, point.examples), number=point.number, position=point.position
-    )
+    return trainer.update(lambda: loss(point.task, point.examples), number=point.number, position=point.position)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
 """Language models: found, loaded, identified and saved.
 
-    "smollm2-135m-instruct" | folder | file.gguf | Hub id  ->  (model, tokenizer)
+"smollm2-135m-instruct" | folder | file.gguf | Hub id  ->  (model, tokenizer)
 """
 
 import hashlib

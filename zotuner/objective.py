@@ -1,7 +1,7 @@
 """From examples to a loss: the mean log-probability of each candidate's tokens, and what is made of it.
 
-    examples  ->  rows of tokens, equal ones once  ->  one forward, logits where a candidate is predicted alone
-              ->  scores (examples, candidates)  ->  cross-entropy over candidates | -score of the right one
+examples  ->  rows of tokens, equal ones once  ->  one forward, logits where a candidate is predicted alone
+          ->  scores (examples, candidates)  ->  cross-entropy over candidates | -score of the right one
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class Objective:
         self._encode = lru_cache(maxsize=None)(self._encode_once)
 
     def _encode_once(self, prompt: str, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(row, target): the tokens a forward reads, and those it must predict: every one that ends in the candidate."""
+        """(row, target): the tokens a forward reads, and those it must predict: all that end in the candidate."""
         encoded = self._tokenizer(prompt + candidate, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         count = sum(end > len(prompt) for _, end in encoded["offset_mapping"])

@@ -18,7 +18,6 @@ from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 from zotuner.pertnn import HIDDEN, FeatureSpec, PertNNBank
 
-FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "tuner.safetensors", "tuner.json", "README.md"
 SHOWN = 3  # blocks named when a tuner does not fit a model
 
@@ -48,7 +47,7 @@ class TunerInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     base_model: str = ""
     base_weights_sha256: str = ""
     architecture: Literal["abs", "exp"]
@@ -123,7 +122,7 @@ class Tuner:
 
     @property
     def granularity(self) -> str:
-        """"block" or "layer": the blocks that a model must be cut into."""
+        """ "block" or "layer": the blocks that a model must be cut into."""
         return self.info.granularity
 
     def nets_for(self, blocks: Sequence[Block]) -> Tensor:

@@ -10,6 +10,7 @@ the order, the chunking, the process or the device. The global random state is n
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,9 +137,9 @@ def add(
     return out
 
 
-def add_(tensor: Tensor, alpha: float | Sequence[float], **at: object) -> Tensor:
+def add_(tensor: Tensor, alpha: float | Sequence[float], **at: Any) -> Tensor:
     """tensor += alpha z in place; the arguments are those of `add`."""
-    return add(tensor, alpha, out=tensor, **at)  # type: ignore[arg-type]
+    return add(tensor, alpha, out=tensor, **at)
 
 
 def dot(g: Tensor, *, kind: str, seed: int, step: int, block: int, start: int = 0, branch: int = 0) -> float:
@@ -166,13 +167,20 @@ def dot(g: Tensor, *, kind: str, seed: int, step: int, block: int, start: int = 
     total = 0.0
     for rows, low, high in _row_chunks(g):
         z = sample(
-            kind, seed=seed, step=step, block=block, start=start + low, stop=start + high, branch=branch, device=g.device
+            kind,
+            seed=seed,
+            step=step,
+            block=block,
+            start=start + low,
+            stop=start + high,
+            branch=branch,
+            device=g.device,
         )
         total += float((g[rows].to(work).reshape(-1) * z.to(work)).sum(dtype=torch.float64))
     return total
 
 
-def _row_chunks(tensor: Tensor) -> list[tuple[object, int, int]]:
+def _row_chunks(tensor: Tensor) -> list[tuple[Any, int, int]]:
     """Cuts a tensor along its first dimension: (index, first element, one past the last) of each piece."""
     if tensor.numel() == 0:
         return []

@@ -37,7 +37,7 @@ C2, C4, C6, C8 = (F32(c) for c in (-1 / 2, 1 / 24, -1 / 720, 1 / 40320))
 L3, L5, L7, L9 = (F32(c) for c in (2 / 3, 2 / 5, 2 / 7, 2 / 9))
 
 # numpy's error model: a division that may raise would keep a loop from being vectorised
-OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 jit = njit(**OPTIONS)
 inline = njit(inline="always", error_model="numpy")
 
@@ -172,7 +172,7 @@ _SAMPLE, _ADD, _DOT = _pair(_sample), _pair(_add), _pair(_dot)
 
 def _run(pair: tuple[Any, Any], size: int, *args: object) -> None:
     """Runs a kernel on as many threads as torch uses; a small range is not worth more than one."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     if size <= GRAIN or threads == 1:
         pair[0](*args)
         return

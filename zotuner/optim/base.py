@@ -1,6 +1,6 @@
 """The one step all zeroth-order methods share; a method is a choice of estimator, scale and noise.
 
-    scale  ->  sigma~ (n,)  ->  estimator asks for losses at theta + eps sigma~ z  ->  coefficients  ->  one sweep
+scale  ->  sigma~ (n,)  ->  estimator asks for losses at theta + eps sigma~ z  ->  coefficients  ->  one sweep
 """
 
 import math

@@ -25,7 +25,7 @@ class Copa(Task):
         return Example(row["premise"].rstrip().removesuffix(".") + connective, choices, row["label"])
 
 
-class DemoCopa(EmbeddedTask, Copa):
+class DemoCopa(EmbeddedTask, Copa):  # type: ignore[misc]
     """168 embedded items in COPA's format, written for this package."""
 
     name = "demo-copa"

@@ -19,7 +19,7 @@ class Sst2(Task):
         return Example(f"{row['sentence'].strip()} It was", (" terrible", " great"), row["label"])
 
 
-class DemoSentiment(EmbeddedTask, Sst2):
+class DemoSentiment(EmbeddedTask, Sst2):  # type: ignore[misc]
     """360 embedded short opinions, written for this package."""
 
     name = "demo-sentiment"
