@@ -1,0 +1,227 @@
+"""Meta-training: its gradient is autograd's, its walk is reproducible, its tuner learns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from zotuner import noise
+from zotuner.blocks import find_blocks, moments
+from zotuner.config import MetaTrainConfig
+from zotuner.meta import MetaTrainer, block_dots, virtual_step
+from zotuner.perturb import Draw, Perturber
+from zotuner.pertnn import normalize
+from zotuner.tasks import Example
+from zotuner.trajectory import Recorded, Walk
+from zotuner.tuner import Tuner
+
+LR, EPS = 0.05, 1e-3
+
+
+class Net(nn.Module):
+    """A small network in float64 with tied weights and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(9, 6)
+            self.mid = nn.Linear(6, 6)
+            self.norm = nn.LayerNorm(6)
+            self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.embed.weight
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(torch.tanh(self.mid(self.embed(ids)))))
+
+
+X, Y = torch.tensor([0, 3, 5, 8, 2]), torch.tensor([1, 4, 4, 0, 7])
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return nn.functional.cross_entropy(model(X), Y)
+
+
+def config(**options: Any) -> MetaTrainConfig:
+    stated = {"model": "m", "out": Path("o"), "eps": EPS, "inner_lr": LR, "noise": "gaussian", "seed": 4}
+    return MetaTrainConfig(**stated | options)
+
+
+def trained_bank(tuner: Tuner) -> None:
+    """Moves "exp" nets off their start, where every scale is 1."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        tuner.bank.w2 += 0.3 * torch.randn(tuner.bank.w2.shape, generator=random)
+
+
+@pytest.mark.parametrize("architecture", ["abs", "exp"])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_block_dot_meta_gradient_is_autograds(architecture: Any, normalized: bool, draws: int) -> None:
+    model = Net()
+    tuner = Tuner.for_model(model, architecture, seed=2)
+    trained_bank(tuner)
+    settings = config(architecture=architecture, normalized=normalized, draws=draws, outer_lr=1.0)
+    trainer = MetaTrainer(model, tuner, settings)
+    trainer._outer = torch.optim.SGD(tuner.bank.parameters(), lr=1.0)  # the step is the gradient itself
+    before = {name: p.detach().clone() for name, p in tuner.bank.named_parameters()}
+    expected = whole_graph_gradient(model, tuner, settings)
+    row = trainer.update(lambda: loss_of(model), number=6, position=0)
+    assert row["skipped"] == 0
+    for name, p in tuner.bank.named_parameters():
+        torch.testing.assert_close(before[name] - p.detach(), expected[name], rtol=1e-4, atol=1e-8)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-4
+
+
+def whole_graph_gradient(model: Net, tuner: Tuner, settings: MetaTrainConfig) -> dict[str, Tensor]:
+    """d mean_draws L(theta - lr c u(omega)) / d omega through one graph over all parameters, c and z held fixed."""
+    blocks = find_blocks(model)
+    features = torch.tensor([(0.0, 0.0, 1.0, *moments(block)) for block in blocks])
+    raw = tuner.bank(tuner.spec(features))
+    numels = torch.tensor([block.numel for block in blocks])
+    sigma = normalize(raw, numels) if settings.normalized else raw.double()
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    total = torch.zeros((), dtype=torch.float64)
+    for branch in range(settings.draws):
+        z = {
+            block.name: noise.sample("gaussian", seed=4, step=6, block=i, branch=branch, start=0, stop=block.numel)
+            .double()
+            .view(start[block.name].shape)
+            for i, block in enumerate(blocks)
+        }
+
+        def at(factor: float | Tensor, scale: Tensor, z: dict[str, Tensor] = z) -> Tensor:
+            moved = {block.name: start[block.name] + factor * scale[i] * z[block.name] for i, block in enumerate(blocks)}
+            moved["head.weight"] = moved["embed.weight"]
+            return nn.functional.cross_entropy(functional_call(model, moved, (X,)), Y)
+
+        with torch.no_grad():
+            c = float(at(EPS, sigma) - at(-EPS, sigma)) / (2 * EPS)
+        total = total + at(-LR * c, sigma) / settings.draws
+    names = [name for name, _ in tuner.bank.named_parameters()]
+    return dict(zip(names, torch.autograd.grad(total, list(tuner.bank.parameters())), strict=True))
+
+
+def test_a_virtual_step_brings_the_weights_back_and_keeps_no_gradient() -> None:
+    model = Net()
+    blocks = find_blocks(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    step = virtual_step(
+        Perturber(model, blocks),
+        blocks,
+        lambda: loss_of(model),
+        Draw("gaussian", 0, 0),
+        torch.ones(len(blocks)),
+        eps=EPS,
+        lr=LR,
+    )
+    assert step.finite
+    assert step.meta_loss < sum(step.losses) / 2
+    for p, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old, rtol=0, atol=1e-14)
+        assert p.grad is None
+
+
+def test_gradients_are_freed_as_the_backward_goes() -> None:
+    model = Net()
+    held: list[int] = []
+    blocks = find_blocks(model)
+    dots = torch.zeros(len(blocks), dtype=torch.float64)
+    with block_dots(blocks, Draw("gaussian", 0, 0), dots):
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(
+                lambda _: held.append(sum(q.grad is not None for q in model.parameters()))
+            )
+        loss_of(model).backward()
+    assert held == [0] * len(list(model.parameters()))
+    assert bool((dots != 0).all())
+
+
+def test_a_meta_loss_that_is_not_finite_changes_no_net() -> None:
+    model = Net()
+    tuner = Tuner.for_model(model, "abs")
+    before = [p.detach().clone() for p in tuner.bank.parameters()]
+    row = MetaTrainer(model, tuner, config()).update(lambda: loss_of(model) * float("nan"), number=0, position=0)
+    assert row["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, tuner.bank.parameters(), strict=True))
+
+
+def test_meta_training_finds_the_block_that_pays() -> None:
+    """Block a carries the gradient, block b only curvature: the scale moves from b to a."""
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+        def forward(self) -> Tensor:
+            return self.a.sum() + 10.0 * (self.b**2).sum()
+
+    model = Split()
+    tuner = Tuner.for_model(model, "exp")
+    trainer = MetaTrainer(model, tuner, config(outer_lr=1e-2, draws=8))
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(30):
+            trainer.update(model, number=number, position=number)
+    sigma = trainer.scales()[1]
+    assert float(sigma[0]) > 1.15
+    assert float(sigma[1]) < 0.85
+
+
+# Trajectories
+
+EXAMPLES = tuple(Example(str(i), ("a", "b"), 0) for i in range(20))
+
+
+def walk(model: nn.Module, folder: Path, **options: Any) -> Walk:
+    settings: dict[str, Any] = {"optimizer": "adam", "lr": 0.01, "reset_every": 3, "batch_size": 4, "seed": 1}
+    return Walk(model, lambda *_: loss_of(model), {"t": EXAMPLES, "u": EXAMPLES}, folder, **settings | options)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_reset_brings_the_starting_weights_and_a_fresh_optimizer(tmp_path: Path, optimizer: str) -> None:
+    model = Net()
+    seen = []
+    for point in walk(model, tmp_path / "t", optimizer=optimizer).points(7):
+        seen.append((point.position, torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])))
+    assert [position for position, _ in seen] == [0, 1, 2, 0, 1, 2, 0]
+    assert torch.equal(seen[0][1], seen[3][1])
+    assert torch.equal(seen[1][1], seen[4][1])  # the loss is the same one: a fresh optimizer repeats its steps
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_each_round_visits_every_task_in_an_order_of_its_own(tmp_path: Path) -> None:
+    tasks = [point.task for point in walk(Net(), tmp_path / "t").points(40)]
+    rounds = [tuple(tasks[i : i + 2]) for i in range(0, 40, 2)]
+    assert set(rounds) == {("t", "u"), ("u", "t")}
+
+
+def test_a_recorded_trajectory_is_visited_at_the_same_points(tmp_path: Path) -> None:
+    model = Net()
+    walked = [
+        (point.position, point.task, point.examples, torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]))
+        for point in walk(model, tmp_path / "t", snapshot_every=2).points(5)
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "t" / "points.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(isinstance(row["loss"], float) for row in rows)
+    visited = Recorded(model, {"t": EXAMPLES, "u": EXAMPLES}, tmp_path / "t").points(4)
+    for (position, task, examples, weights), point in zip([*walked[::2], walked[0]], visited, strict=True):
+        assert (position, task, examples) == (point.position, point.task, point.examples)
+        assert torch.equal(weights, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+
+
+def test_a_record_without_weights_is_refused(tmp_path: Path) -> None:
+    from zotuner.errors import ZotunerError
+
+    list(walk(Net(), tmp_path / "t").points(2))
+    with pytest.raises(ZotunerError, match="--snapshot-every"):
+        Recorded(Net(), {"t": EXAMPLES, "u": EXAMPLES}, tmp_path / "t")

@@ -1,0 +1,385 @@
+"""One contract for every method; each method's formula; the theory they rest on."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+from torch import Tensor, nn
+
+import zotuner
+from zotuner import noise
+from zotuner.blocks import find_blocks, moments
+from zotuner.optim import FZOO, MeZO, OneSided, ZOFineTuner, ZOOptimizer
+from zotuner.pertnn import normalize
+from zotuner.tuner import Tuner
+
+IDS = torch.arange(24).view(2, 12) % 13
+LR, EPS, SEED = 1e-2, 1e-3, 11
+
+Make = Callable[[nn.Module], ZOOptimizer]
+
+
+def tuner_of(model: nn.Module) -> Tuner:
+    """Random PertNNs whose scales differ from block to block."""
+    return Tuner.for_model(model, "abs", seed=5)
+
+
+METHODS: dict[str, Make] = {
+    "mezo": lambda m: MeZO(m, lr=LR, eps=EPS, seed=SEED),
+    "mezo rademacher": lambda m: MeZO(m, lr=LR, eps=EPS, noise="rademacher", seed=SEED),
+    "fzoo": lambda m: FZOO(m, lr=LR, eps=EPS, num_perturbations=4, seed=SEED),
+    "zo-finetuner": lambda m: ZOFineTuner(m, tuner_of(m), lr=LR, eps=EPS, seed=SEED),
+    "zo-finetuner exp": lambda m: ZOFineTuner(m, Tuner.for_model(m, "exp"), lr=LR, eps=EPS, seed=SEED),
+    "zo-finetuner one-sided": lambda m: ZOFineTuner(
+        m, tuner_of(m), lr=LR, eps=EPS, noise="rademacher", seed=SEED, estimator=OneSided(4)
+    ),
+    "zo-finetuner layers": lambda m: ZOFineTuner(
+        m, Tuner.for_model(m, "abs", granularity="layer"), lr=LR, eps=EPS, seed=SEED
+    ),
+}
+
+
+@pytest.fixture(params=METHODS)
+def make(request: pytest.FixtureRequest) -> Make:
+    return METHODS[request.param]
+
+
+def closure_of(model: Any) -> Callable[[], Tensor]:
+    return lambda: model(input_ids=IDS, labels=IDS).loss
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def z_of(opt: ZOOptimizer, block: int, step: int, branch: int = 0) -> Tensor:
+    kind = opt.param_groups[0]["noise"]
+    return noise.sample(kind, seed=SEED, step=step, block=block, branch=branch, start=0, stop=opt.blocks[block].numel)
+
+
+def flat(block: Any) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in block.params])
+
+
+# The contract
+
+
+def test_a_step_equals_the_formula_computed_outside(make: Make) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    closure = closure_of(model)
+    for step in range(3):
+        before = [flat(block) for block in opt.blocks]
+        opt.step(closure)
+        info = opt.last
+        assert info is not None
+        assert info.step == step
+        sigma = [1.0] * len(opt.blocks) if info.scales is None else info.scales.tolist()
+        if len(info.losses) == 2:
+            expected_c = [(info.losses[0] - info.losses[1]) / (2 * EPS)]
+        else:
+            base, rest = info.losses[0], torch.tensor(info.losses[1:], dtype=torch.float64)
+            expected_c = ((rest - base) / (len(rest) * rest.std(correction=1))).tolist()
+        assert info.coefficients == pytest.approx(expected_c, rel=1e-12)
+        for i, block in enumerate(opt.blocks):
+            move = sum(c * sigma[i] * z_of(opt, i, step, b) for b, c in enumerate(expected_c))
+            torch.testing.assert_close(flat(block), before[i] - LR * move, rtol=0, atol=1e-6)
+
+
+def test_the_losses_are_those_at_the_perturbed_weights(make: Make) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    start = [flat(block) for block in opt.blocks]
+    opt.step(closure_of(model))
+    info = opt.last
+    assert info is not None
+    sigma = [1.0] * len(opt.blocks) if info.scales is None else info.scales.tolist()
+    two_point = len(info.losses) == 2
+    signs = [(0, EPS), (0, -EPS)] if two_point else [(0, 0.0), *((b, EPS) for b in range(len(info.losses) - 1))]
+    twin = tiny_llama().eval()
+    for loss, (branch, factor) in zip(info.losses, signs, strict=True):
+        for i, block in enumerate(find_blocks(twin, "layer" if len(start) < 10 else "block")):
+            at = 0
+            moved = start[i] + factor * sigma[i] * z_of(opt, i, 0, branch)
+            for tensor in block.params:
+                tensor.copy_(moved[at : at + tensor.numel()].view(tensor.shape))
+                at += tensor.numel()
+        assert loss == pytest.approx(float(closure_of(twin)()), abs=2e-6)
+
+
+def test_what_a_step_returns_and_reports(make: Make) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    calls = 0
+    plain = closure_of(model)
+
+    def counted() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return plain()
+
+    loss = opt.step(counted)
+    info = opt.last
+    assert info is not None
+    assert calls == info.forwards == len(info.losses)
+    assert loss == (sum(info.losses) / 2 if len(info.losses) == 2 else info.losses[0])
+    assert isinstance(loss, float)
+    assert info.scales is None or info.scales.shape == (len(opt.blocks),)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(make: Make) -> None:
+    runs = []
+    for seed in (SEED, SEED, SEED + 1):
+        model = tiny_llama().eval()
+        opt = make(model)
+        opt.param_groups[0]["seed"] = seed
+        for _ in range(3):
+            opt.step(closure_of(model))
+        runs.append(weights(model))
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_state_dict_continues_to_the_same_bits(make: Make) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    for _ in range(2):
+        opt.step(closure_of(model))
+    middle, state = copy.deepcopy(model), copy.deepcopy(opt.state_dict())
+    for _ in range(2):
+        opt.step(closure_of(model))
+    resumed = make(middle)
+    resumed.load_state_dict(state)
+    for _ in range(2):
+        resumed.step(closure_of(middle))
+    assert same(weights(model), weights(middle))
+    assert resumed.last is not None
+    assert resumed.last.step == 3
+
+
+def test_the_state_survives_torch_save(make: Make, tmp_path: Any) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    opt.step(closure_of(model))
+    torch.save(opt.state_dict(), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert loaded["param_groups"][0]["step"] == 1
+    make(tiny_llama()).load_state_dict(loaded)
+
+
+def test_learning_rate_schedulers_act(make: Make) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    scheduler = torch.optim.lr_scheduler.LinearLR(opt, start_factor=1.0, end_factor=0.0, total_iters=2)
+    for _ in range(2):
+        opt.step(closure_of(model))
+        scheduler.step()
+    assert opt.param_groups[0]["lr"] == 0.0
+    before = weights(model)
+    opt.step(closure_of(model))
+    assert same(before, weights(model))
+
+
+def test_a_closure_that_raises_leaves_everything_as_it_was(make: Make) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    opt.step(closure_of(model))
+    before, state = weights(model), copy.deepcopy(opt.state_dict())
+    calls = 0
+
+    def fails_late() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return closure_of(model)()
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(fails_late)
+    assert same(before, weights(model))
+    assert str(opt.state_dict()) == str(state)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_skips_the_step(make: Make, bad: float) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    opt.step(closure_of(model))
+    before = weights(model)
+    kept = {k: v for k, v in opt.param_groups[0].items() if k in ("loss_prev", "sigma_prev")}
+    values = iter([1.0, bad, *[1.0] * 8])
+    opt.step(lambda: next(values))
+    assert opt.last is not None
+    assert opt.last.skipped
+    assert same(before, weights(model))
+    assert {k: v for k, v in opt.param_groups[0].items() if k in kept} == kept
+    opt.step(closure_of(model))
+    assert not opt.last.skipped
+    assert not same(before, weights(model))
+
+
+def test_frozen_parameters_stay(make: Make) -> None:
+    model = tiny_llama().eval()
+    frozen = model.model.layers[0].self_attn.q_proj.weight
+    tuner_knows_all = copy.deepcopy(model)
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    del tuner_knows_all
+    opt = make(model)
+    opt.step(closure_of(model))
+    assert torch.equal(frozen, before)
+    assert "model.layers.0.self_attn.q_proj.weight" not in [block.name for block in opt.blocks]
+
+
+def test_no_gradient_is_made_and_the_global_random_state_stays(make: Make) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    state = torch.get_rng_state()
+    opt.step(closure_of(model))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_method_lowers_the_loss(make: Make) -> None:
+    model = tiny_llama().eval()
+    opt = make(model)
+    first = float(closure_of(model)())
+    for _ in range(40):
+        opt.step(closure_of(model))
+    assert float(closure_of(model)()) < first
+
+
+@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"lr": math.nan}, {"eps": 0.0}, {"eps": -1e-3}, {"seed": -1}, {"noise": "uniform"}])
+@pytest.mark.parametrize("kind", [MeZO, FZOO])
+def test_bad_arguments_are_refused_by_name(kind: type[ZOOptimizer], bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        kind(nn.Linear(2, 2), **bad)  # type: ignore[arg-type]
+
+
+def test_fzoo_needs_two_perturbations_at_least() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        FZOO(nn.Linear(2, 2), num_perturbations=1)
+
+
+# Methods among each other
+
+
+def test_sigma_one_is_mezo_bit_for_bit() -> None:
+    a, b = tiny_llama().eval(), tiny_llama().eval()
+    fresh = Tuner.for_model(b, "exp")  # starts at sigma = 1 and is not trained
+    one, two = MeZO(a, lr=LR, eps=EPS, seed=SEED), ZOFineTuner(b, fresh, lr=LR, eps=EPS, seed=SEED)
+    for _ in range(5):
+        assert one.step(closure_of(a)) == two.step(closure_of(b))
+    assert same(weights(a), weights(b))
+    assert two.last is not None
+    assert torch.equal(two.last.scales, torch.ones(len(two.blocks), dtype=torch.float64))
+
+
+def test_the_tuner_is_told_the_step_before() -> None:
+    model = tiny_llama().eval()
+    tuner = tuner_of(model)
+    seen: list[Tensor] = []
+    original = tuner.scales
+    tuner.scales = lambda features, nets=None: (seen.append(features.clone()), original(features, nets))[1]  # type: ignore[method-assign]
+    opt = ZOFineTuner(model, tuner, lr=LR, eps=EPS, seed=SEED)
+    opt.step(closure_of(model))
+    first = opt.last
+    statistics = [moments(block) for block in opt.blocks]
+    opt.step(closure_of(model))
+    assert first is not None
+    assert torch.equal(seen[0][:, :3], torch.tensor([0.0, 0.0, 1.0]).expand(len(opt.blocks), 3))
+    assert torch.equal(seen[1][:, :2], torch.tensor(first.losses).expand(len(opt.blocks), 2))
+    assert torch.equal(seen[1][:, 2], original(seen[0]))  # raw, not normalised
+    torch.testing.assert_close(seen[1][:, 3:], torch.tensor(statistics))
+
+
+def test_scales_keep_the_frobenius_budget() -> None:
+    model = tiny_llama().eval()
+    opt = ZOFineTuner(model, tuner_of(model), lr=LR, eps=EPS, seed=SEED)
+    opt.step(closure_of(model))
+    numels = torch.tensor([block.numel for block in opt.blocks], dtype=torch.float64)
+    assert opt.last is not None
+    assert opt.last.scales is not None
+    assert float((numels * opt.last.scales**2).sum()) == pytest.approx(float(numels.sum()), rel=1e-12)
+    assert opt.last.scales.std() > 0.01
+
+
+def test_equal_losses_give_fzoo_no_step() -> None:
+    model = tiny_llama().eval()
+    before = weights(model)
+    opt = FZOO(model, lr=LR, num_perturbations=4)
+    assert opt.step(lambda: 2.5) == 2.5
+    assert opt.last is not None
+    assert opt.last.coefficients == (0.0,) * 4
+    assert not opt.last.skipped
+    assert same(before, weights(model))
+
+
+def test_the_public_names_are_the_contracts() -> None:
+    model = tiny_llama()
+    opt = zotuner.MeZO(model, lr=1e-6, eps=1e-3, noise="gaussian", seed=0)
+    assert opt.blocks[0].name == "model.embed_tokens.weight"
+    assert opt.blocks[0].numel == opt.blocks[0].params[0].numel()
+    assert zotuner.FZOO(model, lr=1e-4, eps=1e-3, num_perturbations=8, seed=0).param_groups[0]["noise"] == "rademacher"
+
+
+# The theory
+
+
+class Bowl(nn.Module):
+    """A smooth function of 60 numbers in two blocks, with a gradient known by autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.linspace(-1, 1, 40))
+        self.b = nn.Parameter(torch.linspace(0.5, 1.5, 20))
+
+    def forward(self) -> Tensor:
+        return torch.sin(self.a).sum() * 0.3 + (self.b**3).sum() * 0.1 + (self.a[:20] * self.b).sum() * 0.2
+
+
+def gradient(model: Bowl) -> Tensor:
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(model(), [model.a, model.b])])
+
+
+@pytest.mark.filterwarnings("ignore:.*read outside")
+def test_fzoos_s_squared_is_eps_squared_times_the_gradients_norm() -> None:
+    model = Bowl()
+    eps, squares = 1e-3, []
+    opt = FZOO(model, lr=0.0, eps=eps, num_perturbations=8, seed=1)
+    model.double()
+    for _ in range(600):
+        opt.step(model)
+        assert opt.last is not None
+        squares.append(torch.tensor(opt.last.losses[1:], dtype=torch.float64).var(correction=1))
+    expected = eps**2 * float(gradient(model).square().sum())
+    assert float(torch.stack(squares).mean()) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*read outside")
+@pytest.mark.parametrize("kind", noise.KINDS)
+def test_mezos_c_z_is_the_gradient_in_the_mean(kind: str) -> None:
+    model, draws = Bowl().double(), 4000
+    opt = MeZO(model, lr=0.0, eps=1e-3, noise=kind, seed=SEED)
+    estimates = torch.empty(draws, 60, dtype=torch.float64)
+    for t in range(draws):
+        opt.step(model)
+        assert opt.last is not None
+        z = torch.cat([z_of(opt, i, t) for i in range(2)]).double()
+        estimates[t] = opt.last.coefficients[0] * z
+    error = estimates.mean(dim=0) - gradient(model)
+    standard_error = estimates.std(dim=0) / math.sqrt(draws)
+    assert float((error / standard_error).abs().max()) < 4.5
+    assert float((error / standard_error).square().mean()) < 1.6
+
+
+def test_normalize_leaves_scales_of_one_exactly() -> None:
+    assert torch.equal(normalize(torch.ones(3), torch.tensor([7, 11, 13])), torch.ones(3, dtype=torch.float64))

@@ -1,0 +1,205 @@
+"""Evaluating L(theta + eps u): the right value, and no trace of it afterwards."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_gpt2, tiny_llama
+from torch import Tensor, nn
+
+from zotuner import noise, perturb
+from zotuner.blocks import find_blocks
+from zotuner.perturb import Draw, Perturber, shift
+
+DRAW = Draw("rademacher", seed=3, step=7)
+IDS = torch.arange(24).view(2, 12) % 13
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def moved(model: nn.Module, draw: Draw, alphas: list[float]) -> nn.Module:
+    """A copy whose weights are theta + alpha z, by `noise.sample` alone."""
+    twin = copy.deepcopy(model)
+    for number, block in enumerate(find_blocks(twin)):
+        z = noise.sample(
+            draw.kind, seed=draw.seed, step=draw.step, block=number, branch=draw.branch, start=0, stop=block.numel
+        )
+        start = 0
+        for tensor in block.params:
+            tensor += alphas[number] * z[start : start + tensor.numel()].view(tensor.shape)
+            start += tensor.numel()
+    return twin
+
+
+def lm_loss(model: Any) -> Callable[[], Tensor]:
+    return lambda: model(input_ids=IDS, labels=IDS).loss
+
+
+@pytest.fixture(params=["llama", "llama tied", "gpt2"])
+def model(request: pytest.FixtureRequest) -> Any:
+    if request.param == "gpt2":
+        return tiny_gpt2().eval()
+    return tiny_llama(tie_word_embeddings=request.param.endswith("tied")).eval()
+
+
+@pytest.mark.parametrize("kind", noise.KINDS)
+@torch.no_grad()
+def test_the_loss_is_that_of_moved_weights(model: Any, kind: str) -> None:
+    draw = Draw(kind, seed=3, step=7, branch=2)
+    blocks = find_blocks(model)
+    alphas = [0.01 * (1 + i % 3) for i in range(len(blocks))]
+    expected = float(lm_loss(moved(model, draw, alphas))())
+    assert Perturber(model, blocks).loss(lm_loss(model), draw, alphas) == pytest.approx(expected, rel=1e-6)
+
+
+@torch.no_grad()
+def test_chunked_rows_give_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(tie_word_embeddings=True).eval()
+    blocks = find_blocks(model)
+    alphas = [0.01] * len(blocks)
+    whole = Perturber(model, blocks).loss(lm_loss(model), DRAW, alphas)
+    monkeypatch.setattr(perturb, "CHUNK", 100)  # the head and every linear layer go by chunks of a few rows
+    assert Perturber(model, blocks).loss(lm_loss(model), DRAW, alphas) == pytest.approx(whole, rel=1e-6)
+
+
+@torch.no_grad()
+def test_an_embedding_draws_noise_for_the_rows_of_the_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = nn.Embedding(1000, 4)
+    drawn: list[int] = []
+    original = noise.add
+
+    def counting(src: Tensor, alpha: Any, **rest: Any) -> Tensor:
+        drawn.append(src.numel())
+        return original(src, alpha, **rest)
+
+    monkeypatch.setattr(noise, "add", counting)
+    ids = torch.tensor([[5, 999, 5]])
+    Perturber(table, find_blocks(table)).loss(lambda: table(ids).sum(), DRAW, [0.1])
+    assert sum(drawn) == 2 * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_thousand_evaluations_leave_no_bit_changed(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 1)).to(dtype)
+    x = torch.ones(2, 6, dtype=dtype)
+    before, perturber = bits(model), Perturber(model, blocks := find_blocks(model))
+    for step in range(1000):
+        perturber.loss(lambda: model(x).sum(), Draw("gaussian", 0, step), [1e-3] * len(blocks))
+    assert unchanged(model, before)
+
+
+@torch.no_grad()
+def test_a_closure_that_raises_leaves_weights_and_modules_as_they_were(model: Any) -> None:
+    before, blocks = bits(model), find_blocks(model)
+    perturber = Perturber(model, blocks)
+    inner = model.get_submodule(next(name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) or "norm" in name))
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = inner.register_forward_hook(fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        perturber.loss(lm_loss(model), DRAW, [0.1] * len(blocks))
+    handle.remove()
+    assert unchanged(model, before)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values() if p is not None)
+
+
+class Penalised(nn.Module):
+    """Reads a child's weight from outside that child's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.free = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).sum() + (self.inner.weight**2).sum()
+
+
+@torch.no_grad()
+def test_a_parameter_read_from_outside_is_perturbed_in_place_and_said_so_once() -> None:
+    model, x = Penalised(), torch.ones(2, 4)
+    blocks, before = find_blocks(model), bits(model)
+    perturber = Perturber(model, blocks)
+
+    def closure() -> Tensor:
+        return model(x) + model.free.prod()
+
+    alphas = [0.1] * len(blocks)
+    twin = moved(model, DRAW, alphas)
+    with pytest.warns(UserWarning, match="2 parameters are read outside"):
+        came = perturber.loss(closure, DRAW, alphas)
+    assert came == pytest.approx(float(twin(x) + twin.free.prod()), rel=1e-6)
+    assert unchanged(model, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert perturber.loss(closure, DRAW, alphas) == came
+
+
+@torch.no_grad()
+def test_reading_a_weights_shape_or_dtype_is_no_reading_from_outside() -> None:
+    layer = nn.Linear(3, 2)
+
+    def closure() -> Tensor:
+        return layer(torch.ones(1, layer.weight.shape[1], dtype=layer.weight.dtype, device=layer.weight.device)).sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Perturber(layer, find_blocks(layer)).loss(closure, DRAW, [0.1, 0.1])
+
+
+@pytest.mark.parametrize("build", [lambda: nn.LSTM(3, 5, batch_first=True), lambda: nn.MultiheadAttention(4, 2)])
+@torch.no_grad()
+def test_modules_that_keep_weights_their_own_way_are_served(build: Callable[[], nn.Module]) -> None:
+    model: Any = build().eval()
+    width = 3 if isinstance(model, nn.LSTM) else 4
+    x = torch.linspace(-1, 1, 2 * 6 * width).view(2, 6, width)
+
+    def closure(module: Any) -> Tensor:
+        out = module(x)[0] if isinstance(module, nn.LSTM) else module(x, x, x)[0]
+        return out.square().sum()
+
+    blocks, before = find_blocks(model), bits(model)
+    alphas = [0.05] * len(blocks)
+    expected = float(closure(moved(model, DRAW, alphas)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        came = Perturber(model, blocks).loss(lambda: closure(model), DRAW, alphas)
+    assert came == pytest.approx(expected, rel=1e-5)
+    assert came != pytest.approx(float(closure(model)), rel=1e-5)
+    assert unchanged(model, before)
+
+
+@torch.no_grad()
+def test_a_closure_must_return_one_number() -> None:
+    layer = nn.Linear(3, 2)
+    perturber = Perturber(layer, find_blocks(layer))
+    with pytest.raises(ValueError, match=r"tensor of shape \(2,\)"):
+        perturber.loss(lambda: layer(torch.ones(3)))
+    with pytest.raises(ValueError, match="None"):
+        perturber.loss(lambda: None)  # type: ignore[arg-type, return-value]
+
+
+def test_shift_moves_by_the_sum_over_branches() -> None:
+    model = tiny_llama().eval()
+    blocks = find_blocks(model)
+    expected = bits(model)
+    shift(blocks, DRAW, [[0.5, -0.25]] * len(blocks))
+    for number, (name, p) in enumerate(model.named_parameters()):
+        z = [
+            noise.sample("rademacher", seed=3, step=7, block=number, branch=b, start=0, stop=p.numel()).view(p.shape)
+            for b in (0, 1)
+        ]
+        assert torch.equal(p.detach(), expected[name] + (0.5 * z[0] - 0.25 * z[1]))
