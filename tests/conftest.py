@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,10 @@ import pytest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# Waiting threads that spin make tiny models a hundred times slower when other programs keep the cores busy. OpenMP
+# reads this when torch is imported; subprocesses inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DATA = Path(__file__).parents[1] / "zotuner" / "tasks" / "data"
 VOCABULARY = 400  # 256 bytes, two special tokens, the rest merges
@@ -44,7 +49,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder with a random Llama (hidden 16, 2 layers, tied embedding) and its tokenizer, as transformers saves it."""
+    """A folder with a random Llama (hidden 16, 2 layers, tied embedding) and its tokenizer, as transformers saves."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -16,7 +16,7 @@ LAYERS = [
     ["tuner", "optim", "tasks", "models", "ledger"],
     ["objective", "evaluate", "progress"],
     ["trajectory", "finetune", "meta"],
-    ["report", "demo", "cli", "__main__"],
+    ["report", "bench", "demo", "cli", "__main__"],
 ]
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 EVERYWHERE = {"__init__"}  # asked for the version alone

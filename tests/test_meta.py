@@ -13,8 +13,8 @@ from zotuner import noise
 from zotuner.blocks import find_blocks, moments
 from zotuner.config import MetaTrainConfig
 from zotuner.meta import MetaTrainer, block_dots, virtual_step
-from zotuner.perturb import Draw, Perturber
 from zotuner.pertnn import normalize
+from zotuner.perturb import Draw, Perturber
 from zotuner.tasks import Example
 from zotuner.trajectory import Recorded, Walk
 from zotuner.tuner import Tuner
@@ -66,6 +66,7 @@ def test_the_block_dot_meta_gradient_is_autograds(architecture: Any, normalized:
     model = Net()
     tuner = Tuner.for_model(model, architecture, seed=2)
     trained_bank(tuner)
+    tuner.bank.double()
     settings = config(architecture=architecture, normalized=normalized, draws=draws, outer_lr=1.0)
     trainer = MetaTrainer(model, tuner, settings)
     trainer._outer = torch.optim.SGD(tuner.bank.parameters(), lr=1.0)  # the step is the gradient itself
@@ -74,7 +75,7 @@ def test_the_block_dot_meta_gradient_is_autograds(architecture: Any, normalized:
     row = trainer.update(lambda: loss_of(model), number=6, position=0)
     assert row["skipped"] == 0
     for name, p in tuner.bank.named_parameters():
-        torch.testing.assert_close(before[name] - p.detach(), expected[name], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(before[name] - p.detach(), expected[name], rtol=1e-6, atol=1e-10)
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-4
 
 
@@ -96,7 +97,9 @@ def whole_graph_gradient(model: Net, tuner: Tuner, settings: MetaTrainConfig) ->
         }
 
         def at(factor: float | Tensor, scale: Tensor, z: dict[str, Tensor] = z) -> Tensor:
-            moved = {block.name: start[block.name] + factor * scale[i] * z[block.name] for i, block in enumerate(blocks)}
+            moved = {
+                block.name: start[block.name] + factor * scale[i] * z[block.name] for i, block in enumerate(blocks)
+            }
             moved["head.weight"] = moved["embed.weight"]
             return nn.functional.cross_entropy(functional_call(model, moved, (X,)), Y)
 
@@ -151,6 +154,7 @@ def test_a_meta_loss_that_is_not_finite_changes_no_net() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, tuner.bank.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*read outside")
 def test_meta_training_finds_the_block_that_pays() -> None:
     """Block a carries the gradient, block b only curvature: the scale moves from b to a."""
 
@@ -165,13 +169,9 @@ def test_meta_training_finds_the_block_that_pays() -> None:
     model = Split()
     tuner = Tuner.for_model(model, "exp")
     trainer = MetaTrainer(model, tuner, config(outer_lr=1e-2, draws=8))
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for number in range(30):
-            trainer.update(model, number=number, position=number)
-    sigma = trainer.scales()[1]
+    for number in range(30):
+        trainer.update(model, number=number, position=number)
+    sigma = trainer.scales()[1].detach()
     assert float(sigma[0]) > 1.15
     assert float(sigma[1]) < 0.85
 
@@ -207,7 +207,12 @@ def test_each_round_visits_every_task_in_an_order_of_its_own(tmp_path: Path) -> 
 def test_a_recorded_trajectory_is_visited_at_the_same_points(tmp_path: Path) -> None:
     model = Net()
     walked = [
-        (point.position, point.task, point.examples, torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]))
+        (
+            point.position,
+            point.task,
+            point.examples,
+            torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]),
+        )
         for point in walk(model, tmp_path / "t", snapshot_every=2).points(5)
     ]
     rows = [json.loads(line) for line in (tmp_path / "t" / "points.jsonl").read_text().splitlines()]

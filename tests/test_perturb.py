@@ -35,7 +35,7 @@ def moved(model: nn.Module, draw: Draw, alphas: list[float]) -> nn.Module:
         )
         start = 0
         for tensor in block.params:
-            tensor += alphas[number] * z[start : start + tensor.numel()].view(tensor.shape)
+            tensor.add_(alphas[number] * z[start : start + tensor.numel()].view(tensor.shape))
             start += tensor.numel()
     return twin
 
@@ -102,7 +102,9 @@ def test_a_thousand_evaluations_leave_no_bit_changed(dtype: torch.dtype) -> None
 def test_a_closure_that_raises_leaves_weights_and_modules_as_they_were(model: Any) -> None:
     before, blocks = bits(model), find_blocks(model)
     perturber = Perturber(model, blocks)
-    inner = model.get_submodule(next(name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) or "norm" in name))
+    inner = model.get_submodule(
+        next(name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) or "norm" in name)
+    )
 
     def fails(*_: Any) -> None:
         raise RuntimeError("out of memory")

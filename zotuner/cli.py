@@ -1,4 +1,4 @@
-"""The command line: `zotuner finetune | meta-train | report | demo | tasks`."""
+"""The command line: `zotuner finetune | meta-train | report | bench | demo | tasks`."""
 
 import argparse
 import sys
@@ -56,9 +56,22 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--plot", type=Path, metavar="FILE", help="write the loss curves as PNG")
     demo = add("demo", _demo, "fine-tune the demo model by three methods at equal forwards")
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for the runs (%(default)s)")
-    demo.add_argument("--forwards", type=int, default=270, help="forward passes a method (%(default)s)")
+    demo.add_argument("--tuner", type=Path, default=Path("tuners/smollm2-135m-instruct"), help="(%(default)s)")
+    demo.add_argument("--forwards", type=_count, default=126, help="forward passes a method (%(default)s)")
+    bench = add("bench", _bench, "measure what a step of each method costs")
+    bench.add_argument("--model", default="smollm2-135m-instruct", help="(%(default)s)")
+    bench.add_argument("--batch-size", type=_count, default=16, help="sequences (%(default)s)")
+    bench.add_argument("--length", type=_count, default=40, help="tokens a sequence (%(default)s)")
+    bench.add_argument("--rounds", type=_count, default=7, help="measurements of each (%(default)s)")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     add("tasks", _tasks, "list the tasks")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
@@ -141,7 +154,16 @@ def _report(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from zotuner.demo import demo
 
-    demo(arguments.out, arguments.forwards)
+    demo(arguments.out, arguments.tuner, arguments.forwards)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.bench import bench
+    from zotuner.progress import Display
+
+    options = {name: getattr(arguments, name) for name in ("batch_size", "length", "rounds", "out")}
+    bench(arguments.model, display=Display(), **options)
 
 
 def _tasks(arguments: argparse.Namespace) -> None:

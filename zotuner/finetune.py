@@ -4,6 +4,7 @@ zero-shot evaluation  ->  steps, with evaluations on dev  ->  best on dev  ->  f
 """
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,11 +81,12 @@ class AdamStepper:
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
         loss = objective.loss(self._model, batch)
-        finite = bool(torch.isfinite(loss))
+        value = float(loss.detach())
+        finite = math.isfinite(value)
         if finite:
             loss.backward()
             self.optimizer.step()
-        return Taken(float(loss), lr, 1, (), (float(loss),), not finite)
+        return Taken(value, lr, 1, (), (value,), not finite)
 
 
 Stepper = ZOStepper | AdamStepper

@@ -116,7 +116,7 @@ class PertNNBank(nn.Module):
         nets: Tensor | None = None,  # (m,) which net each row goes to; None: all, in order
     ) -> Tensor:  # (m,) raw sigma
         w1, b1, w2, b2 = (p if nets is None else p[nets] for p in (self.w1, self.b1, self.w2, self.b2))
-        hidden = torch.tanh(torch.einsum("nhf,nf->nh", w1, x) + b1)
+        hidden = torch.tanh(torch.einsum("nhf,nf->nh", w1, x.to(w1.dtype)) + b1)
         out = (w2 * hidden).sum(dim=1) + b2
         return out.abs() if self.architecture == "abs" else out.exp()
 

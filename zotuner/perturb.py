@@ -251,7 +251,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 def _value(loss: Tensor | float) -> float:
     """A closure's result as a float."""
     if isinstance(loss, Tensor) and loss.numel() == 1:
-        return float(loss)
+        return float(loss.detach())
     if isinstance(loss, int | float):
         return float(loss)
     came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)

@@ -127,7 +127,7 @@ class Walk:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 class Recorded:

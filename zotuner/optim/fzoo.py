@@ -29,8 +29,8 @@ class FZOO(ZOOptimizer):
         >>> loss = opt.step(lambda: model(**batch).loss)
 
     References:
-        "FZOO: Fast Zeroth-Order Optimizer for Fine-Tuning Large Language Models towards Adam-Scale Speed",
-        arXiv:2506.09034, Alg. 1.
+        Dang et al., "FZOO: Fast Zeroth-Order Optimizer for Fine-Tuning Large Language Models towards Adam-Scale
+        Speed", arXiv:2506.09034, Alg. 1.
     """
 
     def __init__(

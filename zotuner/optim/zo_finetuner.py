@@ -76,7 +76,7 @@ class ZOFineTuner(ZOOptimizer):
         >>> loss = opt.step(lambda: model(**batch).loss)
 
     References:
-        "Learning a Zeroth-Order Optimizer for Fine-Tuning LLMs", arXiv:2510.00419.
+        Zhang et al., "Learning a Zeroth-Order Optimizer for Fine-Tuning LLMs", arXiv:2510.00419.
     """
 
     def __init__(

@@ -1,0 +1,121 @@
+"""Models: found, loaded, identified, saved; the real one where it matters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+
+from zotuner.errors import ZotunerError
+from zotuner.models import keep_weights, load_model, restore_weights, save_model, weights_sha256
+
+ROOT = Path(__file__).parents[1]
+REAL = "smollm2-135m-instruct"
+
+
+def test_the_hash_knows_names_values_and_dtype() -> None:
+    base = weights_sha256(tiny_llama())
+    assert base == weights_sha256(tiny_llama())
+    moved = tiny_llama()
+    with torch.no_grad():
+        moved.model.norm.weight[3] += 1e-6
+    renamed = torch.nn.ModuleDict({"other": tiny_llama()})
+    assert len({base, weights_sha256(moved), weights_sha256(renamed), weights_sha256(tiny_llama().bfloat16())}) == 4
+
+
+def test_a_saved_model_comes_back_with_the_same_weights(model_dir: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(model_dir)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.5)
+    save_model(model, tokenizer, tmp_path / "saved")
+    again, _ = load_model(tmp_path / "saved")
+    assert weights_sha256(again) == weights_sha256(model)
+    assert not again.training
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_have_the_dtype_asked_for(model_dir: Path, dtype: str) -> None:
+    model, _ = load_model(model_dir, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_kept_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    before = weights_sha256(model)
+    keep_weights(model, tmp_path / "kept.safetensors")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    restore_weights(model, tmp_path / "kept.safetensors")
+    assert weights_sha256(model) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'"),
+        ("missing.gguf", "no such file"),
+        ("empty", "no config.json"),
+        ("broken.gguf", "cannot be read as a GGUF"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_line(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZOTUNER_CACHE", str(tmp_path / "cache"))
+    Path("empty").mkdir()
+    Path("broken.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ZotunerError, match=message) as caught:
+        load_model(name)
+    assert "\n" not in str(caught.value)
+    assert not any((tmp_path / "cache").glob("models/*/"))
+
+
+@pytest.mark.slow
+def test_the_real_model_is_converted_and_loaded() -> None:
+    model, tokenizer = load_model(REAL)
+    assert len(list(model.parameters())) == 272
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
+
+
+def run(*arguments: Any) -> None:
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_the_two_commands_work_on_the_real_model(tmp_path: Path) -> None:
+    common = ["--model", REAL, "--steps", 2, "--batch-size", 4]
+    run("meta_train.py", *common, "--tasks", "demo-copa", "--out", tmp_path / "tuner")
+    assert (tmp_path / "tuner" / "tuner.safetensors").stat().st_size < 2_000_000
+    common += ["--task", "demo-sentiment", "--eval-size", 8, "--dev-size", 8]
+    run(
+        "finetune.py", *common, "--method", "zo-finetuner", "--tuner", tmp_path / "tuner", "--out", tmp_path / "run",
+        "--save-model",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    saved, _ = load_model(tmp_path / "run" / "model")
+    assert summary["forwards"] == 4
+    assert weights_sha256(saved) == summary["weights_sha256"]
+
+
+@pytest.mark.slow
+def test_the_shipped_tuner_fits_the_real_model() -> None:
+    from zotuner.optim import ZOFineTuner
+    from zotuner.tuner import Tuner
+
+    tuner = Tuner.from_pretrained(ROOT / "tuners" / REAL)
+    model, _ = load_model(REAL)
+    assert tuner.info.base_weights_sha256 == weights_sha256(model)
+    opt = ZOFineTuner(model, tuner, lr=0.0)
+    opt.step(lambda: 1.0)
+    assert opt.last is not None
+    assert opt.last.scales is not None
+    assert 0.01 < float(opt.last.scales.std())

@@ -1,0 +1,376 @@
+"""The objective against the obvious computation: one candidate at a time, full logits, no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from zotuner.evaluate import evaluate
+from zotuner.objective import Batch, Objective
+from zotuner.tasks import Example, Task
+
+LOSSES = ("classification", "language-modelling")
+TOLERANCE = 1e-5
+
+Kind = Literal["classification", "language-modelling"]
+
+MANY = (  # candidates of several tokens, of unequal lengths, after prompts of unequal lengths
+    Example("The lamp went out because", (" somebody had turned off the power.", " it rained."), 0),
+    Example("So", (" they left the harbour before the ferry arrived", " no"), 1),
+    Example("The parade was cancelled and everybody walked home in the rain so", (" wet.", " naïve 🌧 plans"), 1),
+)
+ONE = (  # candidates of one token each
+    Example("The soup was cold It was", (" the", " and"), 0),
+    Example("A joy from the first page to the last It was", (" the", " and"), 1),
+    Example("Fine It was", (" the", " and"), 1),
+)
+RAGGED = (
+    Example("The lamp went out because", (" the", " and", " it rained."), 2),
+    Example("So they went home and", (" the",), 0),
+    Example("It was", (" somebody else", " the"), 1),
+)
+SETS = {"many tokens": MANY, "one token": ONE, "ragged": RAGGED, "mixed": MANY + ONE + RAGGED}
+
+
+class _Ready(Task):
+    """A task whose examples come ready."""
+
+    name = "ready"
+    hub = None
+    fields: ClassVar[dict[str, type]] = {}
+
+    def example(self, row: dict[str, Any]) -> Example:
+        return Example(**row)
+
+
+class _Choose(_Ready):
+    loss = "classification"
+
+
+class _Continue(_Ready):
+    loss = "language-modelling"
+
+
+def task_of(loss: Kind) -> Task:
+    """A task of a kind of loss."""
+    return _Choose() if loss == "classification" else _Continue()
+
+
+def with_special_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """The same tokenizer, which puts <s> where the template says."""
+    from tokenizers import Tokenizer, processors
+
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="<s>")
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Two kinds of positions: rotary ones forgive an offset, learned ones do not."""
+    size = {"vocab_size": len(tokenizer), "initializer_range": 0.5}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        if request.param == "llama":
+            heads = {"num_hidden_layers": 2, "num_attention_heads": 2}
+            config = LlamaConfig(hidden_size=16, intermediate_size=32, **heads, **size)
+            return LlamaForCausalLM(config).eval()
+        return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=128, **size)).eval()
+
+
+@pytest.fixture(scope="module", params=["$A", "<s> $A"], ids=["plain", "bos"])
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """With and without a token before the text."""
+    return with_special_tokens(tokenizer, request.param)
+
+
+@torch.no_grad()
+def slow_score(model: Any, tokenizer: Any, prompt: str, candidate: str, max_length: int = 1024) -> float:
+    """The mean log-probability of a candidate's tokens, the obvious way."""
+    ids = tokenizer(prompt + candidate)["input_ids"]
+    count = len(ids) - len(tokenizer(prompt)["input_ids"])
+    assert tokenizer(prompt)["input_ids"] == ids[:-count], "the candidate must begin where the prompt's tokens end"
+    ids = ids[-max_length - 1 :]
+    log_probs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], dim=-1)
+    total = sum(float(log_probs[at - 1, ids[at]]) for at in range(len(ids) - count, len(ids)))
+    return total / count
+
+
+def slow_scores(model: Any, tokenizer: Any, example: Example, max_length: int = 1024) -> list[float]:
+    """Of each candidate."""
+    return [slow_score(model, tokenizer, example.prompt, text, max_length) for text in example.candidates]
+
+
+def slow_loss(model: Any, tokenizer: Any, example: Example, loss: Kind) -> float:
+    """One example's loss."""
+    scores = slow_scores(model, tokenizer, example)
+    if loss == "language-modelling":
+        return -scores[example.label]
+    return float(torch.logsumexp(torch.tensor(scores), dim=0)) - scores[example.label]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("examples", SETS.values(), ids=SETS)
+@torch.no_grad()
+def test_scores_are_those_of_the_obvious_computation(
+    model: Any, any_tokenizer: Any, examples: tuple[Example, ...]
+) -> None:
+    objective = Objective(task_of("classification"), any_tokenizer)
+    table = objective.scores(model, objective.batch(examples))
+    assert table.dtype == torch.float32
+    assert table.shape == (len(examples), max(len(example.candidates) for example in examples))
+    for row, example in zip(table.tolist(), examples, strict=True):
+        count = len(example.candidates)
+        assert row[:count] == pytest.approx(slow_scores(model, any_tokenizer, example), abs=TOLERANCE)
+        assert row[count:] == [-torch.inf] * (len(row) - count)
+
+
+def test_scores_do_not_depend_on_what_else_is_in_the_batch(model: Any, tokenizer: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    with torch.no_grad():
+        together = objective.scores(model, objective.batch(MANY + ONE))
+        alone = [objective.scores(model, objective.batch([example])) for example in MANY + ONE]
+    torch.testing.assert_close(together, torch.cat(alone), atol=TOLERANCE, rtol=0)
+
+
+def test_candidates_of_one_token_share_their_prompts_row(tokenizer: Any) -> None:
+    assert all(len(tokenizer.tokenize(text)) == 1 for example in ONE for text in example.candidates)
+    batch = Objective(task_of("classification"), tokenizer).batch(ONE)
+    assert batch.input_ids.shape[0] == len(ONE)
+    assert batch.row.tolist() == [0, 0, 1, 1, 2, 2]
+    longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in ONE)
+    assert batch.input_ids.shape[1] == longest
+
+
+def test_candidates_of_several_tokens_have_a_row_each_and_equal_ones_are_computed_once(tokenizer: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    assert objective.batch(MANY).input_ids.shape[0] == 2 * len(MANY)
+    assert objective.batch(MANY + MANY).input_ids.shape[0] == 2 * len(MANY)
+
+
+def test_language_modelling_trains_on_the_right_candidates_alone(tokenizer: Any) -> None:
+    batch = Objective(task_of("language-modelling"), tokenizer).training_batch(MANY)
+    assert batch.input_ids.shape[0] == len(MANY)
+    assert batch.cell[0].tolist() == [0, 1, 2]
+    texts = [example.prompt + example.candidates[example.label] for example in MANY]
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    assert rows == [tokenizer(text)["input_ids"][:-1] for text in texts]
+
+
+def test_classification_trains_on_all_candidates(tokenizer: Any) -> None:
+    batch = Objective(task_of("classification"), tokenizer).training_batch(MANY)
+    assert batch.input_ids.shape[0] == 2 * len(MANY)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("examples", SETS.values(), ids=SETS)
+@torch.no_grad()
+def test_the_loss_of_a_batch_is_the_mean_of_its_examples_losses(
+    model: Any, tokenizer: Any, examples: tuple[Example, ...], loss: Kind
+) -> None:
+    objective = Objective(task_of(loss), tokenizer)
+    came = objective.loss(model, objective.training_batch(examples))
+    assert came.shape == ()
+    assert came.dtype == torch.float32
+    alone = [float(objective.loss(model, objective.training_batch([example]))) for example in examples]
+    assert float(came) == pytest.approx(mean(alone), abs=TOLERANCE)
+    slow = [slow_loss(model, tokenizer, example, loss) for example in examples]
+    assert float(came) == pytest.approx(mean(slow), abs=TOLERANCE)
+
+
+@torch.no_grad()
+def test_leaving_the_wrong_candidates_out_gives_the_same_language_modelling_loss(model: Any, tokenizer: Any) -> None:
+    objective = Objective(task_of("language-modelling"), tokenizer)
+    examples = MANY + RAGGED
+    full, right = objective.batch(examples), objective.batch(examples, right_only=True)
+    assert right.tokens < full.tokens
+    assert float(objective.loss(model, right)) == pytest.approx(float(objective.loss(model, full)), abs=TOLERANCE)
+
+
+def test_the_two_kinds_of_loss_differ_on_the_same_scores(tokenizer: Any) -> None:
+    scores = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]])
+    labels = torch.tensor([0, 1])
+    choose = Objective(task_of("classification"), tokenizer).losses(scores, labels)
+    follow = Objective(task_of("language-modelling"), tokenizer).losses(scores, labels)
+    assert choose.tolist() == pytest.approx([0.313262, 2.578889], abs=1e-5)
+    assert follow.tolist() == [1.0, 3.0]
+
+
+def test_the_loss_has_the_gradient_of_the_obvious_one(tokenizer: Any, model: Any) -> None:
+    objective = Objective(task_of("language-modelling"), tokenizer)
+    example = MANY[0]
+    objective.loss(model, objective.training_batch([example])).backward()
+    came = [param.grad.clone() for param in model.parameters()]
+    model.zero_grad()
+    ids = tokenizer(example.prompt + example.candidates[example.label])["input_ids"]
+    labels = [-100] * len(tokenizer(example.prompt)["input_ids"])
+    labels += ids[len(labels) :]
+    model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.backward()
+    for got, param in zip(came, model.parameters(), strict=True):
+        torch.testing.assert_close(got, param.grad, atol=1e-5, rtol=1e-4)
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_an_absent_candidate_is_never_chosen_and_adds_nothing_to_the_loss(model: Any, tokenizer: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    batch = objective.batch(RAGGED)
+    scores = objective.scores(model, batch)
+    assert torch.isinf(scores).tolist() == [[False, False, False], [False, True, True], [False, False, True]]
+    losses = objective.losses(scores, batch.labels)
+    assert bool(torch.isfinite(losses).all())
+    assert float(losses[1]) == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("max_length", [4, 8, 13])
+def test_a_long_row_keeps_its_end(tokenizer: Any, model: Any, max_length: int) -> None:
+    example = Example("The parade was cancelled and everybody walked home in the rain so", (" it rained.", " the"), 0)
+    objective = Objective(task_of("classification"), tokenizer, max_length=max_length)
+    batch = objective.batch([example])
+    assert batch.input_ids.shape[1] == max_length
+    ids = tokenizer(example.prompt + example.candidates[0])["input_ids"]
+    assert batch.input_ids[0].tolist() == ids[:-1][-max_length:]
+    with torch.no_grad():
+        scores = objective.scores(model, batch)
+    assert scores[0].tolist() == pytest.approx(slow_scores(model, tokenizer, example, max_length), abs=TOLERANCE)
+
+
+def test_a_row_of_just_max_length_loses_nothing(tokenizer: Any) -> None:
+    example = ONE[1]
+    length = len(tokenizer(example.prompt)["input_ids"])
+    for max_length, kept in ((length, length), (length - 1, length - 1), (length + 1, length)):
+        batch = Objective(task_of("classification"), tokenizer, max_length=max_length).batch([example])
+        assert batch.tokens == kept
+
+
+def test_a_candidate_longer_than_max_length_is_scored_on_its_end(tokenizer: Any, model: Any) -> None:
+    example = Example("It was", (" somebody had turned off the power.", " it"), 0)
+    assert len(tokenizer.tokenize(example.candidates[0])) > 4
+    objective = Objective(task_of("classification"), tokenizer, max_length=4)
+    with torch.no_grad():
+        scores = objective.scores(model, objective.batch([example]))
+    assert bool(torch.isfinite(scores).all())
+    assert float(scores[0, 1]) == pytest.approx(slow_scores(model, tokenizer, example, 4)[1], abs=TOLERANCE)
+
+
+def test_a_token_that_the_tokenizer_appends_is_no_part_of_the_candidate(tokenizer: Any, model: Any) -> None:
+    ending = with_special_tokens(tokenizer, "$A <s>")
+    objective = Objective(task_of("classification"), ending)
+    with torch.no_grad():
+        scores = objective.scores(model, objective.batch(MANY))
+    for row, example in zip(scores.tolist(), MANY, strict=True):
+        assert row == pytest.approx(slow_scores(model, tokenizer, example), abs=TOLERANCE)
+
+
+def test_tokens_counts_what_a_forward_computes_without_padding(tokenizer: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    several = [len(tokenizer(e.prompt + text)["input_ids"]) - 1 for e in MANY for text in e.candidates]
+    shared = [len(tokenizer(e.prompt)["input_ids"]) for e in ONE]
+    assert objective.batch(MANY).tokens == sum(several)
+    assert objective.batch(ONE).tokens == sum(shared)
+    assert objective.batch(MANY + ONE).tokens == sum(several) + sum(shared)
+
+
+def test_padding_stands_on_the_left_and_is_masked(tokenizer: Any) -> None:
+    batch = Objective(task_of("classification"), tokenizer).batch(MANY)
+    assert batch.attention_mask.diff(dim=1).min() >= 0
+    assert bool((batch.input_ids[batch.attention_mask == 0] == tokenizer.pad_token_id).all())
+    assert bool(batch.attention_mask[:, -1].all())
+
+
+class _Spy(torch.nn.Module):
+    """Notes what a model is called with."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner, self.device, self.calls = model, model.device, []
+
+    def forward(  # named as the inner model's, so that it is offered the same
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> Any:
+        options = {"position_ids": position_ids, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+        self.calls.append({"input_ids": input_ids, **options})
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+
+class _Bare(torch.nn.Module):
+    """A model that knows no more than ids and a mask."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner, self.device = model, model.device
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)
+
+
+@torch.no_grad()
+def test_the_head_runs_on_no_more_positions_than_the_longest_candidate(model: Any, tokenizer: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    spy = _Spy(model)
+    objective.scores(spy, objective.batch(ONE))
+    assert len(spy.calls) == 1
+    assert spy.calls[0]["logits_to_keep"] == 1
+    assert spy.calls[0]["use_cache"] is False
+    assert spy.calls[0]["position_ids"].min() == 0
+
+
+@torch.no_grad()
+def test_a_model_that_takes_only_ids_and_mask_gives_the_same_scores(model: Any, tokenizer: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    batch = objective.batch(MANY + ONE)
+    bare, full = objective.scores(_Bare(model), batch), objective.scores(model, batch)
+    torch.testing.assert_close(bare, full, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_evaluate_is_the_obvious_computation(model: Any, tokenizer: Any, loss: Kind) -> None:
+    examples = MANY + ONE + RAGGED
+    came = evaluate(model, Objective(task_of(loss), tokenizer), examples)
+    scores = [slow_scores(model, tokenizer, example) for example in examples]
+    right = [max(range(len(s)), key=s.__getitem__) == e.label for s, e in zip(scores, examples, strict=True)]
+    assert set(came) == {"loss", "accuracy"}
+    assert came["accuracy"] == pytest.approx(mean(right))
+    slow = [slow_loss(model, tokenizer, example, loss) for example in examples]
+    assert came["loss"] == pytest.approx(mean(slow), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 9])
+def test_evaluate_does_not_depend_on_the_batch_size(model: Any, tokenizer: Any, batch_size: int) -> None:
+    examples = MANY + ONE + RAGGED
+    objective = Objective(task_of("classification"), tokenizer)
+    one = evaluate(model, objective, examples, batch_size)
+    all_at_once = evaluate(model, objective, examples, 32)
+    assert one["accuracy"] == all_at_once["accuracy"]
+    assert one["loss"] == pytest.approx(all_at_once["loss"], abs=TOLERANCE)
+
+
+def test_evaluate_reports_every_example_once_and_builds_no_graph(model: Any, tokenizer: Any) -> None:
+    done: list[int] = []
+    examples = MANY + ONE
+    evaluate(model, Objective(task_of("classification"), tokenizer), examples, 4, advance=done.append)
+    assert done == [4, 2]
+    assert all(param.grad is None for param in model.parameters())
+
+
+@pytest.mark.parametrize("make", [lambda o: o.batch(MANY), lambda o: o.batch(ONE, right_only=True)], ids=["all", "one"])
+def test_the_same_examples_give_the_same_batch_again(tokenizer: Any, make: Callable[[Objective], Batch]) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    first, again = make(objective), make(objective)
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert torch.equal(first.targets, again.targets)
+    assert torch.equal(first.labels, again.labels)

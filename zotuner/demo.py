@@ -1,0 +1,52 @@
+"""The demo: a small language model tuned on an embedded task by MeZO, FZOO and the shipped tuner, at equal forwards.
+
+Each run is a process of its own, so that its peak memory is its own.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from zotuner.errors import ZotunerError
+from zotuner.files import RUN_MARK
+from zotuner.report import plot, table
+
+MODEL, TASK = "smollm2-135m-instruct", "demo-sentiment"
+NUM_PERTURBATIONS = 8  # of FZOO
+# Learning rates from a small grid on this task (docs/results.md)
+RUNS = {"mezo": 4e-5, "fzoo": 1e-3, "zo-finetuner": 2e-5}
+
+
+def demo(out: Path, tuner: Path, forwards: int) -> None:
+    """Runs the three methods, prints one table and writes `out/loss.png`.
+
+    Args:
+        out: Folder for the runs; those of an earlier demo are replaced.
+        tuner: Folder of the tuner for the demo model.
+        forwards: Forward passes a method.
+
+    Raises:
+        ZotunerError: A run failed, or the tuner is missing.
+    """
+    if not tuner.is_dir():
+        raise ZotunerError(f"{tuner}: no such tuner; run the demo from a checkout, or pass --tuner DIR")
+    if out.exists() and any(p.is_dir() and not (p / RUN_MARK).exists() for p in out.iterdir()):
+        raise ZotunerError(f"{out}: expected a new folder or an earlier demo's; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for method, lr in RUNS.items():
+        runs.append(out / method)
+        per_step = NUM_PERTURBATIONS + 1 if method == "fzoo" else 2
+        command = [sys.executable, "-m", "zotuner", "finetune", "--model", MODEL, "--task", TASK, "--method", method]
+        command += ["--lr", str(lr), "--steps", str(forwards // per_step), "--noise", "rademacher", "--overwrite"]
+        command += ["--num-perturbations", str(NUM_PERTURBATIONS), "--out", str(out / method)]
+        command += ["--tuner", str(tuner)] if method == "zo-finetuner" else []
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        if code:
+            raise ZotunerError(f"the run of {method} ended with exit code {code}; its message is above")
+    plot(runs, out / "loss.png")
+    console = Console()
+    console.print(table(runs, title=f"{MODEL} on {TASK}, {forwards} forward passes each"))
+    console.print(f"loss curves: {out / 'loss.png'}", highlight=False)
