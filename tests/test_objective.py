@@ -230,7 +230,7 @@ def test_an_absent_candidate_is_never_chosen_and_adds_nothing_to_the_loss(model:
     assert float(losses[1]) == pytest.approx(0.0, abs=1e-7)
 
 
-@pytest.mark.parametrize("max_length", [4, 8, 13])
+@pytest.mark.parametrize("max_length", [6, 8, 13])
 def test_a_long_row_keeps_its_end(tokenizer: Any, model: Any, max_length: int) -> None:
     example = Example("The parade was cancelled and everybody walked home in the rain so", (" it rained.", " the"), 0)
     objective = Objective(task_of("classification"), tokenizer, max_length=max_length)
@@ -268,6 +268,18 @@ def test_a_token_that_the_tokenizer_appends_is_no_part_of_the_candidate(tokenize
         scores = objective.scores(model, objective.batch(MANY))
     for row, example in zip(scores.tolist(), MANY, strict=True):
         assert row == pytest.approx(slow_scores(model, tokenizer, example), abs=TOLERANCE)
+
+
+def test_a_tokenizer_without_a_padding_token_serves(tokenizer: Any, model: Any) -> None:
+    """Padding is masked, so any token will do."""
+    unpadded = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    assert unpadded.pad_token_id is None
+    scores = []
+    with torch.no_grad():
+        for each in (tokenizer, unpadded):
+            objective = Objective(task_of("classification"), each)
+            scores.append(objective.scores(model, objective.batch(MANY)))
+    torch.testing.assert_close(*scores, atol=TOLERANCE, rtol=0)
 
 
 def test_tokens_counts_what_a_forward_computes_without_padding(tokenizer: Any) -> None:

@@ -62,7 +62,7 @@ class Config(BaseModel):
 class FinetuneConfig(Config):
     """Fine-tune one model on one task by one method."""
 
-    task: str = Field(description="the task to tune on; `--task help` lists them")
+    task: str = Field(description="the task to tune on; `zotuner tasks` lists them")
     method: str = Field(description=" | ".join(METHODS) + " (evaluate only)")
     tuner: str | None = Field(None, description="folder or Hub id of a tuner, for zo-finetuner")
     lr: float | None = Field(None, gt=0, allow_inf_nan=False, description=f"learning rate; by method: {DEFAULT_LR}")
@@ -86,7 +86,7 @@ class FinetuneConfig(Config):
         fill = {
             "lr": self.lr if self.lr is not None else DEFAULT_LR[self.method],
             "noise": self.noise or DEFAULT_NOISE.get(self.method, "gaussian"),
-            "eval_every": self.eval_every or max(1, self.steps // 5),
+            "eval_every": self.eval_every or max(1, -(-self.steps // 5)),
         }
         for name, value in fill.items():
             object.__setattr__(self, name, value)

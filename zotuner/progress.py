@@ -38,7 +38,7 @@ class Bar:
             self._display.live.update(self._task, advance=count, status=text)
             return
         now = time.monotonic()
-        if now - self._printed >= PLAIN_EVERY or self._done == self._total:
+        if now - self._printed >= PLAIN_EVERY:
             self._printed = now
             left = (self._total - self._done) / rate
             self._display.say(f"{self._title} {self._done}/{self._total}  {text}  {left:.0f} s left")

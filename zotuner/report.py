@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from zotuner.errors import ZotunerError
@@ -27,28 +28,26 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def table(runs: Sequence[Path], title: str | None = None) -> Table:
-    """One row a run: what it cost and what it gave."""
-    out = Table(title=title)
-    for name in ("run", "method", "lr", "steps", "forwards", "seconds", "peak memory", "dev loss (step)", "loss"):
-        out.add_column(name, justify="left" if name in ("run", "method") else "right")
-    out.add_column("accuracy", justify="right")
+    """One row a run: what it cost (GiB: peak memory) and what it gave (loss and metric of the best on dev)."""
+    out = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("run", "lr", "steps", "forwards", "sec", "GiB", "dev @step", "loss", "acc"):
+        out.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
     shown: set[tuple[str, str]] = set()
     for run in runs:
         s = read_summary(run)
         if (s["model"], s["task"]) not in shown:
             shown.add((s["model"], s["task"]))
             zero = s["zero_shot"]
-            out.add_row(f"{s['task']}", "zero-shot", *[""] * 6, f"{zero['loss']:.4f}", f"{zero['accuracy']:.3f}")
+            out.add_row(f"zero-shot {s['task']}", *[""] * 6, f"{zero['loss']:.4f}", f"{zero['accuracy']:.3f}")
         best = (s["dev"] or {}).get("best")
         out.add_row(
-            run.name,
-            s["method"],
+            run.name if s["method"] in run.name else f"{run.name} ({s['method']})",
             f"{s['lr']:g}" if s["steps"] else "",
             str(s["steps"]),
             str(s["forwards"]),
             f"{s['seconds']:.0f}",
-            f"{s['peak_rss_bytes'] / 2**30:.2f} GiB",
-            f"{best['loss']:.4f} ({best['step']})" if best else "",
+            f"{s['peak_rss_bytes'] / 2**30:.2f}",
+            f"{best['loss']:.4f} @{best['step']}" if best else "",
             f"{s['final']['loss']:.4f}",
             f"{s['final']['accuracy']:.3f}",
         )
