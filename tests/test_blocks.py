@@ -71,7 +71,7 @@ class Module(nn.Module):
 def test_every_parameter_of_a_llama_is_a_block_in_the_models_order() -> None:
     model = tiny_llama()
     assert names(model) == LLAMA
-    assert LLAMA == tuple(name for name, _ in model.named_parameters())
+    assert tuple(name for name, _ in model.named_parameters()) == LLAMA
     for block, param in zip(find_blocks(model), model.parameters(), strict=True):
         assert block.numel == param.numel()
         assert block.params[0].data_ptr() == param.data_ptr()
@@ -106,7 +106,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 
 
 def test_an_unknown_granularity_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown granularity 'layers'; did you mean 'layer'. Known: block, layer"):
+    with pytest.raises(ValueError, match=r"unknown granularity 'layers'; did you mean 'layer'. Known: block, layer"):
         find_blocks(tiny_llama(), "layers")
 
 

@@ -533,7 +533,7 @@ def test_a_coordinate_out_of_range_is_named(wrong: dict[str, Any], match: str) -
 
 
 def test_a_range_that_ends_before_it_starts_is_refused() -> None:
-    with pytest.raises(ValueError, match="start <= stop .* got 5 and 4"):
+    with pytest.raises(ValueError, match=r"start <= stop .* got 5 and 4"):
         sample("gaussian", 5, 4)
 
 

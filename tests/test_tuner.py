@@ -143,7 +143,7 @@ def test_seeds_decide_the_weights_and_nothing_else_does() -> None:
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ValueError, match="(?s)abs.*exp"):
+    with pytest.raises(ValueError, match=r"(?s)abs.*exp"):
         Tuner.for_model(tiny_llama(), architecture="relu")
     with pytest.raises(ValueError, match="unknown granularity 'rows'; known: block, layer"):
         Tuner.for_model(tiny_llama(), granularity="rows")

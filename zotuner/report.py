@@ -32,13 +32,14 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
     out = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("run", "lr", "steps", "forwards", "sec", "GiB", "dev @step", "loss", "acc"):
         out.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
+    summaries = [read_summary(run) for run in runs]
+    several = len({(s["model"], s["task"]) for s in summaries}) > 1
     shown: set[tuple[str, str]] = set()
-    for run in runs:
-        s = read_summary(run)
+    for run, s in zip(runs, summaries, strict=True):
         if (s["model"], s["task"]) not in shown:
             shown.add((s["model"], s["task"]))
             zero = s["zero_shot"]
-            out.add_row(f"zero-shot {s['task']}", *[""] * 6, f"{zero['loss']:.4f}", f"{zero['accuracy']:.3f}")
+            out.add_row(f"zero-shot {s['task']}" if several else "zero-shot", *[""] * 6, f"{zero['loss']:.4f}", f"{zero['accuracy']:.3f}")
         best = (s["dev"] or {}).get("best")
         out.add_row(
             run.name if s["method"] in run.name else f"{run.name} ({s['method']})",
