@@ -258,7 +258,13 @@ def test_a_candidate_longer_than_max_length_is_scored_on_its_end(tokenizer: Any,
     with torch.no_grad():
         scores = objective.scores(model, objective.batch([example]))
     assert bool(torch.isfinite(scores).all())
-    assert float(scores[0, 1]) == pytest.approx(slow_scores(model, tokenizer, example, 4)[1], abs=TOLERANCE)
+    short = slow_score(model, tokenizer, example.prompt, example.candidates[1], max_length=4)
+    assert float(scores[0, 1]) == pytest.approx(short, abs=TOLERANCE)
+    ids = tokenizer(example.prompt + example.candidates[0])["input_ids"][-5:]
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], dim=-1)
+    end = mean([float(log_probs[at - 1, ids[at]]) for at in range(1, 5)])
+    assert float(scores[0, 0]) == pytest.approx(end, abs=TOLERANCE)
 
 
 def test_a_token_that_the_tokenizer_appends_is_no_part_of_the_candidate(tokenizer: Any, model: Any) -> None:

@@ -39,7 +39,12 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
         if (s["model"], s["task"]) not in shown:
             shown.add((s["model"], s["task"]))
             zero = s["zero_shot"]
-            out.add_row(f"zero-shot {s['task']}" if several else "zero-shot", *[""] * 6, f"{zero['loss']:.4f}", f"{zero['accuracy']:.3f}")
+            out.add_row(
+                f"zero-shot {s['task']}" if several else "zero-shot",
+                *[""] * 6,
+                f"{zero['loss']:.4f}",
+                f"{zero['accuracy']:.3f}",
+            )
         best = (s["dev"] or {}).get("best")
         out.add_row(
             run.name if s["method"] in run.name else f"{run.name} ({s['method']})",

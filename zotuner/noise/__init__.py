@@ -9,6 +9,7 @@ the order, the chunking, the process or the device. The global random state is n
     dot      <g, z>
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,13 +63,7 @@ def sample(
     """
     check_range(start, stop)
     at = philox.address(kind, seed=seed, step=step, block=block, branch=branch)
-    if start == stop:
-        return torch.empty(0, device=device)
-    if torch.device(device).type == "cpu":
-        from zotuner.noise import cpu
-
-        return cpu.sample(kind, at, start, stop)
-    return philox.sample(kind, at, start, stop, device)
+    return _draw(kind, at, start, stop, device)
 
 
 def add(
@@ -109,31 +104,24 @@ def add(
         raise ValueError(f"out must have src's shape {tuple(src.shape)}, got {tuple(out.shape)}")
     check_range(start, start + src.numel())
     alphas = [alpha] if isinstance(alpha, float | int) else list(alpha)
-    at = philox.address(kind, seed=seed, step=step, block=block, branch=branch)
+    if not alphas:
+        raise ValueError("alpha must be a factor, or at least one factor, got none")
+    addresses = [philox.address(kind, seed=seed, step=step, block=block, branch=branch + k) for k in range(len(alphas))]
     fused = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in (src, out))
     if fused and src.numel():
         from zotuner.noise import cpu
 
-        cpu.add(out.detach(), src.detach(), np.asarray(alphas, np.float32), kind, at, start)
+        cpu.add(out.detach(), src.detach(), np.asarray(alphas, np.float32), kind, addresses[0], start)
         return out
     work = torch.float64 if src.dtype == torch.float64 else torch.float32
     for rows, low, high in _row_chunks(src):
-        total: Tensor | None = None
-        for k, a in enumerate(alphas):
-            z = sample(
-                kind,
-                seed=seed,
-                step=step,
-                block=block,
-                start=start + low,
-                stop=start + high,
-                branch=branch + k,
-                device=src.device,
-            )
-            term = torch.tensor(a, dtype=work, device=src.device) * z.to(work)
-            total = term if total is None else total + term
-        if total is not None:
-            out[rows].copy_(src[rows].to(work) + total.view(src[rows].shape))
+        terms = [
+            torch.tensor(a, dtype=work, device=src.device)
+            * _draw(kind, at, start + low, start + high, src.device).to(work)
+            for a, at in zip(alphas, addresses, strict=True)
+        ]
+        total = functools.reduce(torch.add, terms)
+        out[rows].copy_(src[rows].to(work) + total.view(src[rows].shape))
     return out
 
 
@@ -166,18 +154,20 @@ def dot(g: Tensor, *, kind: str, seed: int, step: int, block: int, start: int = 
     work = torch.float64 if g.dtype == torch.float64 else torch.float32
     total = 0.0
     for rows, low, high in _row_chunks(g):
-        z = sample(
-            kind,
-            seed=seed,
-            step=step,
-            block=block,
-            start=start + low,
-            stop=start + high,
-            branch=branch,
-            device=g.device,
-        )
+        z = _draw(kind, at, start + low, start + high, g.device)
         total += float((g[rows].to(work).reshape(-1) * z.to(work)).sum(dtype=torch.float64))
     return total
+
+
+def _draw(kind: str, at: philox.Address, start: int, stop: int, device: torch.device | str) -> Tensor:
+    """Elements [start, stop) at an address, by the backend of a device."""
+    if start == stop:
+        return torch.empty(0, device=device)
+    if torch.device(device).type == "cpu":
+        from zotuner.noise import cpu
+
+        return cpu.sample(kind, at, start, stop)
+    return philox.sample(kind, at, start, stop, device)
 
 
 def _row_chunks(tensor: Tensor) -> list[tuple[Any, int, int]]:
