@@ -21,8 +21,12 @@ GRANULARITIES = ("block", "layer")
 # as under the name `query_key_value`, no cut by rows exists, and the matrix stays one block.)
 FUSED_QKV = ("c_attn", "qkv_proj", "Wqkv")
 
-# What wrappers put into names: peft, torch.compile, DataParallel; peft's tuner layers keep the old weight deeper.
-WRAPPERS = re.compile(r"^(?:(?:base_model\.model|_orig_mod|module)\.)+|(?<=\.)(?:_orig_mod|base_layer)\.")
+# What wrappers put into names: peft in front and within, torch.compile, DataParallel, FSDP, activation checkpoints.
+WRAPPERS = re.compile(
+    r"^(?:(?:base_model\.model|module)\.)+"
+    r"|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"|(?<=\.)(?:base_layer|modules_to_save\.default)\."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +80,9 @@ def base_name(name: str) -> str:
     >>> base_name("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
     'model.layers.0.self_attn.q_proj.weight'
     """
-    return WRAPPERS.sub("", name)
+    while (inner := WRAPPERS.sub("", name)) != name:
+        name = inner
+    return name
 
 
 def find_blocks(model: nn.Module, granularity: str = "block") -> tuple[Block, ...]:
@@ -120,7 +126,7 @@ def _layer_names(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.ModuleList):
             for child, layer in module.named_children():
                 for name, _ in layer.named_parameters():
-                    found.setdefault(f"{prefix}.{child}.{name}".lstrip("."), base_name(f"{prefix}.{child}"))
+                    found.setdefault(f"{prefix}.{child}.{name}".lstrip("."), base_name(f"{prefix}.{child}".lstrip(".")))
     return found
 
 
@@ -128,11 +134,11 @@ def _cuts(model: nn.Module, name: str, param: nn.Parameter) -> dict[str, tuple[s
     """How a parameter is cut: from the suffix of the block's name to the index of the part."""
     owner_name, _, kind = name.rpartition(".")
     parts = [part for part in owner_name.split(".") if part != "base_layer"]
-    if parts[-1] not in FUSED_QKV or kind not in ("weight", "bias"):
+    if not parts or parts[-1] not in FUSED_QKV or kind not in ("weight", "bias"):
         return {"": ()}
     owner = model.get_submodule(owner_name)
     axis = 1 if param.ndim == 2 and hasattr(owner, "nf") else 0  # transformers' Conv1D keeps (in, out)
-    sizes = _qkv_sizes(getattr(model, "config", None))
+    sizes = _qkv_sizes(_config(model), parts[-1])
     if sizes is None or sum(sizes) != param.shape[axis]:
         return {"": ()}
     cuts, low = {}, 0
@@ -142,8 +148,17 @@ def _cuts(model: nn.Module, name: str, param: nn.Parameter) -> dict[str, tuple[s
     return cuts
 
 
-def _qkv_sizes(config: Any) -> tuple[int, int, int] | None:
-    """Output sizes of q, k and v by the config's own fields; None where it has them not."""
+def _config(model: nn.Module) -> Any:
+    """The model's configuration, also behind a wrapper that does not pass it on."""
+    return next((m.config for m in model.modules() if hasattr(m, "config")), None)
+
+
+def _qkv_sizes(config: Any, kind: str) -> tuple[int, int, int] | None:
+    """Output sizes of q, k and v by the config's own fields; None where it has them not, or where heads interleave."""
+    if not getattr(config, "multi_query", True):  # GPT-BigCode's c_attn
+        return None
+    if kind == "qkv_proj" and not hasattr(config, "num_key_value_heads"):  # CodeGen's: q, v, k in four groups
+        return None
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return None

@@ -1,9 +1,11 @@
 """The model card of a tuner: a function of what `tuner.json` says."""
 
+import re
 from typing import Any
 
 import yaml
 
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
 TEMPLATE = """---
 {front}---
 
@@ -47,7 +49,7 @@ def card(info: dict[str, Any]) -> str:
         "license": info["license"],
         "library_name": "zotuner",
         "tags": ["zotuner", "zeroth-order", "pertnn"],
-        **({"base_model": info["base_model"]} if "/" in info["base_model"] else {}),
+        **({"base_model": info["base_model"]} if re.fullmatch(HUB_ID, info["base_model"]) else {}),
     }
     return TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
@@ -57,8 +59,12 @@ def card(info: dict[str, Any]) -> str:
         granularity=info["granularity"],
         normalized="on" if info["normalized"] else "off",
         tasks=", ".join(info["tasks"]) or "no task yet",
-        config="\n".join(f"| {key} | {value} |" for key, value in info["config"].items()) or "| - | - |",
+        config="\n".join(f"| {key} | {_cell(value)} |" for key, value in info["config"].items()) or "| - | - |",
         base_weights_sha256=info["base_weights_sha256"] or "not recorded",
         versions=", ".join(f"{name} {number}" for name, number in info["versions"].items()),
         notes=info["notes"] or "Not compared with anything yet.",
     )
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", r"\|")

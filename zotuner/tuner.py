@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from zotuner.blocks import Block, find_blocks, moments
 from zotuner.card import card
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
-from zotuner.pertnn import HIDDEN, FeatureSpec, PertNNBank
+from zotuner.pertnn import FEATURES, HIDDEN, FeatureSpec, PertNNBank
 
 WEIGHTS, DESCRIPTION, CARD = "tuner.safetensors", "tuner.json", "README.md"
 SHOWN = 3  # blocks named when a tuner does not fit a model
@@ -41,6 +41,18 @@ class FeatureInfo(BaseModel):
     shift: tuple[float, ...]
     scale: tuple[float, ...]
 
+    @field_validator("names")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names != FEATURES:
+            raise ValueError(f"expected {', '.join(FEATURES)}")
+        return names
+
+    @model_validator(mode="after")
+    def _computable(self) -> Self:
+        FeatureSpec(**self.model_dump(exclude={"names"}))
+        return self
+
 
 class TunerInfo(BaseModel):
     """Everything about a tuner but its weights: the content of `tuner.json`."""
@@ -60,6 +72,16 @@ class TunerInfo(BaseModel):
     versions: dict[str, str] = {}
     license: str = "apache-2.0"
     notes: str = ""
+
+    @field_validator("blocks")
+    @classmethod
+    def _distinct(cls, blocks: tuple[BlockInfo, ...]) -> tuple[BlockInfo, ...]:
+        seen: set[str] = set()
+        for block in blocks:
+            if block.name in seen:
+                raise ValueError(f"block {block.name} comes twice")
+            seen.add(block.name)
+        return blocks
 
 
 class Tuner:
@@ -212,8 +234,9 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, DESCRIPTION, CARD]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ZotunerError(f"{name}: no such tuner: neither a folder nor to be had from the Hub ({reason})") from None
+        reason = " ".join(str(error).split())[:200]
+        which = f"{name} (revision {revision})" if revision else name
+        raise ZotunerError(f"{which}: no such tuner: neither a folder nor to be had from the Hub ({reason})") from None
 
 
 def _read_info(path: Path) -> TunerInfo:

@@ -104,24 +104,25 @@ def add(
         raise ValueError(f"out must have src's shape {tuple(src.shape)}, got {tuple(out.shape)}")
     check_range(start, start + src.numel())
     alphas = [alpha] if isinstance(alpha, float | int) else list(alpha)
-    if not alphas:
-        raise ValueError("alpha must be a factor, or at least one factor, got none")
     addresses = [philox.address(kind, seed=seed, step=step, block=block, branch=branch + k) for k in range(len(alphas))]
-    fused = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in (src, out))
-    if fused and src.numel():
+    into, of = out.detach(), src.detach()
+    if not alphas or not src.numel():
+        into.copy_(of)
+        return out
+    if all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in (of, into)):
         from zotuner.noise import cpu
 
-        cpu.add(out.detach(), src.detach(), np.asarray(alphas, np.float32), kind, addresses[0], start)
+        cpu.add(into, of, np.asarray(alphas, np.float32), kind, addresses[0], start)
         return out
     work = torch.float64 if src.dtype == torch.float64 else torch.float32
-    for rows, low, high in _row_chunks(src):
+    for rows, low, high in _row_chunks(of):
         terms = [
-            torch.tensor(a, dtype=work, device=src.device)
-            * _draw(kind, at, start + low, start + high, src.device).to(work)
+            torch.tensor(a, dtype=work, device=of.device)
+            * _draw(kind, at, start + low, start + high, of.device).to(work)
             for a, at in zip(alphas, addresses, strict=True)
         ]
         total = functools.reduce(torch.add, terms)
-        out[rows].copy_(src[rows].to(work) + total.view(src[rows].shape))
+        into[rows].copy_(of[rows].to(work) + total.view(of[rows].shape))
     return out
 
 
@@ -155,7 +156,7 @@ def dot(g: Tensor, *, kind: str, seed: int, step: int, block: int, start: int = 
     total = 0.0
     for rows, low, high in _row_chunks(g):
         z = _draw(kind, at, start + low, start + high, g.device)
-        total += float((g[rows].to(work).reshape(-1) * z.to(work)).sum(dtype=torch.float64))
+        total += float((g.detach()[rows].to(work).reshape(-1) * z.to(work)).sum(dtype=torch.float64))
     return total
 
 
