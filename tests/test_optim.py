@@ -49,7 +49,10 @@ def make(request: pytest.FixtureRequest) -> Make:
 
 
 def closure_of(model: Any) -> Callable[[], Tensor]:
-    return lambda: model(input_ids=IDS, labels=IDS).loss.detach()
+    def closure() -> Tensor:
+        return model(input_ids=IDS, labels=IDS).loss.detach()
+
+    return closure
 
 
 def weights(model: nn.Module) -> list[Tensor]:

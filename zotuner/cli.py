@@ -1,6 +1,7 @@
 """The command line: `zotuner finetune | meta-train | report | bench | demo | tasks`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich_argparse import RichHelpFormatter
 from zotuner.config import Config, FinetuneConfig, MetaTrainConfig
 from zotuner.errors import ZotunerError
 
+PIPE_WIDTH = 160
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
@@ -25,6 +27,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    # torch's and numba's idle threads would spin against each other, and against whatever else the machine does
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -92,7 +96,9 @@ def _help(field: FieldInfo) -> str:
     default = field.default
     if field.is_required():
         text = f"{field.description} (required)"
-    elif default is None or isinstance(default, bool):
+    elif isinstance(default, bool):
+        text = f"{field.description} ({'on' if default else 'off'})"
+    elif default is None:
         text = str(field.description)
     else:
         shown = " ".join(default) if isinstance(default, tuple) else default
@@ -131,7 +137,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from zotuner.report import table
 
     finetune(config, Display())
-    Console().print(table([config.out]))
+    _stdout().print(table([config.out]))
 
 
 def _meta_train(arguments: argparse.Namespace) -> None:
@@ -146,7 +152,7 @@ def _meta_train(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from zotuner.report import plot, table
 
-    Console().print(table(arguments.runs))
+    _stdout().print(table(arguments.runs))
     if arguments.plot:
         plot(arguments.runs, arguments.plot)
 
@@ -174,4 +180,10 @@ def _tasks(arguments: argparse.Namespace) -> None:
     table = Table("task", "loss", "from", "what it is")
     for name, task in TASKS.items():
         table.add_row(name, task.loss, " ".join(task.hub) if task.hub else "the package", (task.__doc__ or "").strip())
-    Console().print(table)
+    _stdout().print(table)
+
+
+def _stdout() -> Console:
+    """Where results go; a pipe has no width of its own, and a table must not be cut in it."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PIPE_WIDTH)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from zotuner.errors import ZotunerError, unknown
 
 METHODS = ("zo-finetuner", "fzoo", "mezo", "adam", "none")
 # Learning rates that did well on SmolLM2-135M-Instruct (docs/results.md); expect to search around them.
-DEFAULT_LR = {"zo-finetuner": 2e-5, "mezo": 2e-5, "fzoo": 1e-4, "adam": 1e-5, "none": 0.0}
+DEFAULT_LR = {"zo-finetuner": 2e-5, "mezo": 2e-5, "fzoo": 1e-4, "adam": 1e-5}
 DEFAULT_NOISE = {"fzoo": "rademacher"}  # the papers' choices; gaussian for the others
 NOISE = Literal["gaussian", "rademacher"]
 DTYPE = Literal["float32", "bfloat16", "float16"]
@@ -36,6 +37,13 @@ class Config(BaseModel):
     train_size: int = Field(1000, ge=1, description="training examples drawn by the seed")
     max_skipped: int = Field(10, ge=1, description="stop after so many steps in a row whose loss is not finite")
     max_length: int = Field(1024, ge=2, description="tokens; longer prompts lose their beginning")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("not_a_switch", "Input should not be true or false")
+        return value
 
     @classmethod
     def read(cls, file: Path | None, flags: dict[str, Any]) -> Self:
@@ -84,7 +92,7 @@ class FinetuneConfig(Config):
         if self.method != "zo-finetuner" and self.tuner is not None:
             raise ValueError(f"--tuner is for method zo-finetuner, not for {self.method}")
         fill = {
-            "lr": self.lr if self.lr is not None else DEFAULT_LR[self.method],
+            "lr": self.lr if self.lr is not None else DEFAULT_LR.get(self.method),
             "noise": self.noise or DEFAULT_NOISE.get(self.method, "gaussian"),
             "eval_every": self.eval_every or max(1, -(-self.steps // 5)),
         }
@@ -123,7 +131,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ZotunerError(f"{file}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ZotunerError(f"{file}: cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ZotunerError(f"{file}: expected YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

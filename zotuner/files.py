@@ -52,6 +52,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ZotunerError(f"{out}: expected a folder for the run, found a file; choose another --out")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ZotunerError(f"{out}: cannot be made, since {above} is a file; choose another --out")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / RUN_MARK).exists():

@@ -149,6 +149,7 @@ def finetune(config: FinetuneConfig, display: Display) -> dict[str, Any]:
         stepper = _stepper(config, setup)
         claim_out(config.out, config.overwrite)
         write_atomically(config.out / RUN_MARK, config.to_yaml())
+        (config.out / "metrics.jsonl").touch()
         zero_shot = _evaluate(setup, setup.splits.test, config, display, "zero-shot")
         totals, dev = Progressed(), None
         if stepper is not None and config.steps:

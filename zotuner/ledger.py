@@ -73,7 +73,10 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], list[Record]]:
     Raises:
         ZotunerError: No ledger, or damage before the last record; names the offset.
     """
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ZotunerError(f"{path}: cannot be read as a ledger: {error.strerror}") from None
     start = len(MAGIC) + _LENGTH.size
     if data[: len(MAGIC)] != MAGIC or len(data) < start:
         raise ZotunerError(f"{path}: expected a zotuner ledger, which begins with {MAGIC.decode()}")

@@ -201,6 +201,8 @@ def meta_train(config: MetaTrainConfig, display: Display) -> Tuner:
     with display:
         display.say(f"loading {config.model} and {', '.join(config.tasks)}")
         check_out(config.out, config.overwrite)
+        if config.trajectory is not None and config.trajectory.resolve().is_relative_to(config.out.resolve()):
+            raise ZotunerError(f"{config.trajectory}: lies in --out, which would be emptied; choose another --out")
         tasks = {name: get_task(name, config.data_dir) for name in config.tasks}
         splits = {name: task.splits(train_size=config.train_size, seed=config.seed) for name, task in tasks.items()}
         model, tokenizer = load_model(config.model, dtype=config.dtype)

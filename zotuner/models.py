@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -49,9 +49,13 @@ def load_model(
     source = _source(str(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ZotunerError(f"{name}: cannot be loaded as a causal language model: {_line(error)}") from None
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ZotunerError(f"{name}: expected all weights of a causal language model, but {missing} are missing")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer

@@ -56,10 +56,10 @@ class Objective:
     def _encode_once(self, prompt: str, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(row, target): the tokens a forward reads, and those it must predict: all that end in the candidate."""
         encoded = self._tokenizer(prompt + candidate, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        count = sum(end > len(prompt) for _, end in encoded["offset_mapping"])
-        row = tuple(ids[: len(ids) - 1])[-self._max_length :]
-        return row, tuple(ids[len(ids) - count :])
+        inside = [i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt)]
+        first, last = inside[0], inside[-1]  # a token that the tokenizer appends has no place in the text
+        ids = tuple(encoded["input_ids"][: last + 1])
+        return ids[:-1][-self._max_length :], ids[first:][-self._max_length :]
 
     def batch(self, examples: Sequence[Example], *, right_only: bool = False) -> Batch:
         """Tokenises and pads.
@@ -76,7 +76,7 @@ class Objective:
                     ids, target = self._encode(example.prompt, candidate)
                     entries.append((rows.setdefault(ids, len(rows)), target, e, 0 if right_only else c))
         row, targets, e_index, c_index = zip(*entries, strict=True)
-        input_ids, mask = _left_padded(list(rows), self._tokenizer.pad_token_id)
+        input_ids, mask = _left_padded(list(rows), self._tokenizer.pad_token_id or 0)
         return Batch(
             input_ids=input_ids,
             attention_mask=mask,

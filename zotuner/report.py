@@ -24,7 +24,15 @@ def read_summary(run: Path) -> dict[str, Any]:
         raise ZotunerError(f"{run}: expected a finished run, but it has no summary.json") from None
     except (OSError, ValueError) as error:
         raise ZotunerError(f"{run / 'summary.json'}: expected JSON: {error}") from None
+    missing = {"model", "task", "method", "zero_shot", "final"} - set(summary)
+    if missing:
+        raise ZotunerError(f"{run}: expected a fine-tuning run, but its summary has no {', '.join(sorted(missing))}")
     return summary
+
+
+def _number(value: float | None, spec: str) -> str:
+    """A number, or what stands for one that was not finite."""
+    return "-" if value is None else format(value, spec)
 
 
 def table(runs: Sequence[Path], title: str | None = None) -> Table:
@@ -42,8 +50,8 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
             out.add_row(
                 f"zero-shot {s['task']}" if several else "zero-shot",
                 *[""] * 6,
-                f"{zero['loss']:.4f}",
-                f"{zero['accuracy']:.3f}",
+                _number(zero["loss"], ".4f"),
+                _number(zero["accuracy"], ".3f"),
             )
         best = (s["dev"] or {}).get("best")
         out.add_row(
@@ -53,9 +61,9 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
             str(s["forwards"]),
             f"{s['seconds']:.0f}",
             f"{s['peak_rss_bytes'] / 2**30:.2f}",
-            f"{best['loss']:.4f} @{best['step']}" if best else "",
-            f"{s['final']['loss']:.4f}",
-            f"{s['final']['accuracy']:.3f}",
+            f"{_number(best['loss'], '.4f')} @{best['step']}" if best else "",
+            _number(s["final"]["loss"], ".4f"),
+            _number(s["final"]["accuracy"], ".3f"),
         )
     return out
 
@@ -77,6 +85,11 @@ def plot(runs: Sequence[Path], path: Path) -> None:
         axes.plot([r["forwards"] for r in rows], [r["loss"] for r in rows], marker="o", markersize=3, label=label)
     axes.set(xlabel="forward passes", ylabel="loss on dev")
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    if axes.lines:
+        axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ZotunerError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)

@@ -4,6 +4,7 @@
  "question": "cause", "idx": 0, "label": 0}
 """
 
+from zotuner.errors import ZotunerError
 from zotuner.tasks.base import EmbeddedTask, Example, Row, Task
 
 CONNECTIVES = {"cause": " because", "effect": " so"}
@@ -20,9 +21,14 @@ class Copa(Task):
 
     def example(self, row: Row) -> Example:
         """`premise so|because choice`: the premise without its full stop, the choice with a small first letter."""
-        connective = CONNECTIVES.get(row["question"], CONNECTIVES["effect"])
+        connective = CONNECTIVES[row["question"]]
         choices = tuple(" " + row[key][:1].lower() + row[key][1:] for key in ("choice1", "choice2"))
         return Example(row["premise"].rstrip().removesuffix(".") + connective, choices, row["label"])
+
+    def _check(self, row: Row, where: str) -> None:
+        super()._check(row, where)
+        if row["question"] not in CONNECTIVES:
+            raise ZotunerError(f"{where}: field 'question' must be one of {list(CONNECTIVES)}, got {row['question']!r}")
 
 
 class DemoCopa(EmbeddedTask, Copa):  # type: ignore[misc]
