@@ -17,11 +17,10 @@ run() { # method lr steps [options]
 }
 
 # the middle of each grid first
-for lr in 2e-5 4e-5 1e-5 8e-5; do
-    run mezo $lr $((forwards / 2))
-    run zo-finetuner $lr $((forwards / 2)) --tuner "$tuner"
-done
-for lr in 1e-3 2e-3 5e-4 4e-3; do
-    run fzoo $lr $((forwards / 9))
+for lrs in "4e-5 2e-5 1e-3" "2e-5 4e-5 2e-3" "8e-5 1e-5 5e-4" "1e-5 8e-5 4e-3"; do
+    read -r mezo tuned fzoo <<<"$lrs"
+    run mezo "$mezo" $((forwards / 2))
+    run zo-finetuner "$tuned" $((forwards / 2)) --tuner "$tuner"
+    run fzoo "$fzoo" $((forwards / 9))
 done
 python -m zotuner report "$out"/*/ --plot "$out/loss.png"

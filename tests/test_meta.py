@@ -12,6 +12,7 @@ from torch.func import functional_call
 from zotuner import noise
 from zotuner.blocks import find_blocks, moments
 from zotuner.config import MetaTrainConfig
+from zotuner.errors import ZotunerError
 from zotuner.meta import MetaTrainer, block_dots, virtual_step
 from zotuner.pertnn import normalize
 from zotuner.perturb import Draw, Perturber
@@ -225,8 +226,13 @@ def test_a_recorded_trajectory_is_visited_at_the_same_points(tmp_path: Path) -> 
 
 
 def test_a_record_without_weights_is_refused(tmp_path: Path) -> None:
-    from zotuner.errors import ZotunerError
-
     list(walk(Net(), tmp_path / "t").points(2))
     with pytest.raises(ZotunerError, match="--snapshot-every"):
+        Recorded(Net(), {"t": EXAMPLES, "u": EXAMPLES}, tmp_path / "t")
+
+
+def test_a_record_whose_weights_went_missing_names_the_file(tmp_path: Path) -> None:
+    list(walk(Net(), tmp_path / "t", snapshot_every=1).points(2))
+    (tmp_path / "t" / "point-000001.safetensors").unlink()
+    with pytest.raises(ZotunerError, match="point-000001.safetensors"):
         Recorded(Net(), {"t": EXAMPLES, "u": EXAMPLES}, tmp_path / "t")

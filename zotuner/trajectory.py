@@ -144,10 +144,12 @@ class Recorded:
 
     def __init__(self, model: nn.Module, train: Mapping[str, Sequence[Example]], folder: Path) -> None:
         self._model, self._train, self._folder = model, train, folder
-        self._rows: list[dict[str, Any]] = [row for row in read_rows(folder / ROWS) if row["snapshot"]]
+        self._rows: list[dict[str, Any]] = [row for row in read_rows(folder / ROWS) if row.get("snapshot")]
         if not self._rows:
             raise ZotunerError(f"{folder / ROWS}: no point has its weights kept; record with --snapshot-every")
         for row in self._rows:
+            if not (folder / row["snapshot"]).is_file():
+                raise ZotunerError(f"{folder / row['snapshot']}: the weights of point {row['number']} are missing")
             if row["task"] not in train or max(row["examples"]) >= len(train[row["task"]]):
                 raise ZotunerError(
                     f"{folder / ROWS}: point {row['number']} is of task {row['task']}, example {max(row['examples'])}; "
