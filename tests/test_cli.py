@@ -769,3 +769,22 @@ def test_a_tuner_from_meta_training_tunes(meta_run: Path, model_dir: Path, tmp_p
     options = quick(model_dir, tmp_path / "out", method="zo-finetuner", tuner=meta_run)
     assert call("finetune", *argv_of(options)) == 0
     assert summary_of(tmp_path / "out")["steps"] == STEPS
+
+
+def test_a_diverged_evaluation_does_not_keep_its_place_as_the_best(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zotuner import finetune
+
+    original, calls = finetune.evaluate, 0
+
+    def evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        return {"loss": float("nan"), "accuracy": 0.5} if calls == 3 else original(*args, **kwargs)
+
+    monkeypatch.setattr(finetune, "evaluate", evaluate)  # calls: zero-shot, dev at 0, dev after step 1, ...
+    out = tmp_path / "run"
+    options = ["--model", str(model_dir), "--task", "demo-sentiment", "--method", "mezo", "--steps", "2"]
+    assert main(["finetune", *options, "--eval-every", "1", "--out", str(out)]) == 0
+    assert json.loads((out / "summary.json").read_text())["dev"]["best"]["step"] == 2

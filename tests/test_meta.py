@@ -234,5 +234,5 @@ def test_a_record_without_weights_is_refused(tmp_path: Path) -> None:
 def test_a_record_whose_weights_went_missing_names_the_file(tmp_path: Path) -> None:
     list(walk(Net(), tmp_path / "t", snapshot_every=1).points(2))
     (tmp_path / "t" / "point-000001.safetensors").unlink()
-    with pytest.raises(ZotunerError, match="point-000001.safetensors"):
+    with pytest.raises(ZotunerError, match=r"point-000001\.safetensors"):
         Recorded(Net(), {"t": EXAMPLES, "u": EXAMPLES}, tmp_path / "t")

@@ -66,6 +66,9 @@ def check_out(out: Path, overwrite: bool) -> None:
 def claim_out(out: Path, overwrite: bool) -> None:
     """Makes the output folder, empty, after `check_out`."""
     check_out(out, overwrite)
-    if out.is_dir():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    try:
+        if out.is_dir():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise ZotunerError(f"{out}: cannot be made anew: {error.strerror}; choose another --out") from None

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -200,17 +201,11 @@ def _train(
         schedule = torch.optim.lr_scheduler.LinearLR(
             stepper.optimizer, start_factor=1.0, end_factor=0.0, total_iters=config.steps
         )
-    best: dict[str, Any] | None = None
     in_a_row = 0
     bar = display.bar(config.method, config.steps)
-    start = _evaluate(setup, setup.splits.dev, config, display, "dev")
-    with (
-        MetricsLog(config.out / "metrics.jsonl") as metrics,
-        MetricsLog(config.out / "evals.jsonl") as evals,
-        _Recorder(config, setup) as record,
-    ):
-        evals.write(step=0, forwards=0, seconds=0.0, **start)
-        for examples in batches(setup.splits.train, config.batch_size, config.seed):
+    with MetricsLog(config.out / "metrics.jsonl") as metrics, _Recorder(config, setup) as record:
+        dev = _Dev(config, setup, totals, display)
+        for examples in islice(batches(setup.splits.train, config.batch_size, config.seed), config.steps):
             taken = _one(setup, stepper, examples, totals, metrics)
             record(totals.steps - 1, taken)
             if schedule is not None:
@@ -221,16 +216,34 @@ def _train(
                 raise ZotunerError(_not_finite(config, totals.steps, in_a_row))
             bar.advance(status=f"loss {taken.loss:.4f}  forwards {totals.forwards}")
             if totals.steps % config.eval_every == 0 or totals.steps == config.steps:
-                came = _evaluate(setup, setup.splits.dev, config, display, "dev")
-                evals.write(step=totals.steps, forwards=totals.forwards, seconds=totals.seconds, **came)
-                display.say(f"step {totals.steps}: dev loss {came['loss']:.4f}, accuracy {came['accuracy']:.3f}")
-                if best is None or came["loss"] < best["loss"]:
-                    best = {"step": totals.steps, **came}
-                    keep_weights(setup.model, config.out / BEST)
-            if totals.steps == config.steps:
-                break
+                dev.evaluate()
     bar.close()
-    return {"zero_shot": start, "best": best, "last": came}
+    return {"zero_shot": dev.start, "best": dev.best, "last": dev.last}
+
+
+class _Dev:
+    """Evaluates on the development examples, and keeps the weights that did best on them."""
+
+    def __init__(self, config: FinetuneConfig, setup: Setup, totals: Progressed, display: Display) -> None:
+        self._config, self._setup, self._totals, self._display = config, setup, totals, display
+        self.best: dict[str, Any] | None = None
+        self.start = self.last = self._evaluated()
+
+    def evaluate(self) -> None:
+        """Evaluates now. A loss that is not finite is worse than any other."""
+        self.last = self._evaluated()
+        loss, step = self.last["loss"], self._totals.steps
+        self._display.say(f"step {step}: dev loss {loss:.4f}, accuracy {self.last['accuracy']:.3f}")
+        if self.best is None or not math.isfinite(self.best["loss"]) or loss < self.best["loss"]:
+            self.best = {"step": step, **self.last}
+            keep_weights(self._setup.model, self._config.out / BEST)
+
+    def _evaluated(self) -> dict[str, float]:
+        came = _evaluate(self._setup, self._setup.splits.dev, self._config, self._display, "dev")
+        totals = self._totals
+        with MetricsLog(self._config.out / "evals.jsonl") as evals:
+            evals.write(step=totals.steps, forwards=totals.forwards, seconds=round(totals.seconds, 4), **came)
+        return came
 
 
 def _one(setup: Setup, stepper: Stepper, examples: Sequence[Example], totals: Progressed, metrics: MetricsLog) -> Taken:
