@@ -1,6 +1,7 @@
 """Models: found, loaded, identified, saved; the real one where it matters."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer, hub_env
 from tiny import tiny_llama
 
 from zotuner.errors import ZotunerError
@@ -75,6 +77,28 @@ def test_what_is_no_model_is_refused_in_one_line(
         load_model(name)
     assert "\n" not in str(caught.value)
     assert not any((tmp_path / "cache").glob("models/*/"))
+
+
+def test_a_hub_id_is_downloaded_and_a_missing_one_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+    with HubServer(tmp_path / "hub") as server:
+        shutil.copytree(model_dir, server.root / "models/acme/tiny")
+        code = (
+            "import zotuner\nfrom zotuner.models import weights_sha256\n"
+            "print(weights_sha256(zotuner.load_model('acme/tiny')[0]))\n"
+            "try: zotuner.load_model('acme/none')\n"
+            "except zotuner.ZotunerError as error: print(error)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=hub_env(server, tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+    digest, refusal = done.stdout.splitlines()
+    assert digest == weights_sha256(load_model(model_dir)[0])
+    assert refusal.startswith("acme/none: cannot be loaded")
 
 
 @pytest.mark.slow
