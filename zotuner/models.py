@@ -77,10 +77,10 @@ def keep_weights(model: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, path: Path) -> None:
-    """Takes kept parameters back, one at a time, so that no second model is held."""
-    with safe_open(path, framework="pt") as kept:
-        for name, param in model.named_parameters():
-            if param.requires_grad:
+    """Takes kept parameters back; the file is mapped anew for each, so that no second model comes into memory."""
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            with safe_open(path, framework="pt") as kept:
                 param.copy_(kept.get_tensor(name))
 
 
