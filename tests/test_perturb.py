@@ -151,6 +151,46 @@ def test_a_parameter_read_from_outside_is_perturbed_in_place_and_said_so_once() 
 
 
 @torch.no_grad()
+def test_a_first_closure_that_raises_does_not_end_the_watch() -> None:
+    model = Penalised()
+    blocks = find_blocks(model)
+    perturber = Perturber(model, blocks)
+
+    def fails() -> Tensor:
+        raise RuntimeError("busy")
+
+    with pytest.raises(RuntimeError, match="busy"):
+        perturber.loss(fails, DRAW, [0.1] * len(blocks))
+    with pytest.warns(UserWarning, match="read outside"):
+        perturber.loss(lambda: model(torch.ones(2, 4)), DRAW, [0.1] * len(blocks))
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_perturbed_too() -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    model: Any = torch.compile(plain, backend="eager")
+    blocks, x = find_blocks(model), torch.ones(3, 4)
+    model(x)  # compiled before the perturbation comes
+    before, alphas = bits(plain), [0.1] * len(blocks)
+    expected = float(moved(plain, DRAW, alphas)(x).sum())
+    assert Perturber(model, blocks).loss(lambda: model(x).sum(), DRAW, alphas) == pytest.approx(expected, rel=1e-6)
+    assert unchanged(plain, before)
+
+
+@torch.no_grad()
+def test_a_forward_that_an_instance_brings_along_is_run_and_kept() -> None:
+    table = nn.Embedding(5, 2)
+    original = table.forward
+    table.forward = doubled = lambda ids: 2 * original(ids)  # type: ignore[method-assign]
+    blocks, ids = find_blocks(table), torch.tensor([1, 3])
+    alone = nn.Embedding(5, 2)
+    alone.load_state_dict(table.state_dict())
+    expected = 2 * float(moved(alone, DRAW, [0.1])(ids).sum())
+    assert Perturber(table, blocks).loss(lambda: table(ids).sum(), DRAW, [0.1]) == pytest.approx(expected, rel=1e-6)
+    assert table.forward is doubled
+
+
+@torch.no_grad()
 def test_reading_a_weights_shape_or_dtype_is_no_reading_from_outside() -> None:
     layer = nn.Linear(3, 2)
 

@@ -6,7 +6,7 @@ Nothing is undone afterwards, because nothing was changed: no drift in any dtype
 weights as they were. A large linear layer is computed by row chunks and an embedding by the rows that a batch
 touches, so the scratch stays small. A parameter that the closure reads from outside its module's forward (a module
 that reads another's weight, a penalty on the weights) cannot be served so: it is perturbed in place and
-restored from a copy.
+restored from a copy; so are all parameters of a model that torch.compile made.
 """
 
 import warnings
@@ -77,9 +77,11 @@ class Perturber:
             for name, param in module._parameters.items()
             if param is not None and param in self._pieces
         ]
-        self._in_place: set[nn.Parameter] = set()
-        self._watched = False
         self._pool: list[Tensor] = []
+        # Compiled code neither looks at a replaced forward nor lets itself be watched
+        compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+        self._in_place: set[nn.Parameter] = set(self._pieces) if compiled else set()
+        self._watched = compiled
 
     def loss(
         self,
@@ -93,9 +95,9 @@ class Perturber:
         if self._watched:
             with self._perturbed(draw, alphas):
                 return _value(closure())
-        self._watched = True
         with _Watch(self._pieces) as watch, self._perturbed(draw, alphas, watch):
             value = _value(closure())
+        self._watched = True
         if not watch.seen:
             return value
         self._in_place = set(watch.seen)
@@ -128,7 +130,7 @@ class Perturber:
         original = module.forward
         weight = next((slot for slot in slots if slot.name == "weight"), None)
         special: Callable[..., Tensor] | None = None
-        if weight is not None and len(weight.pieces) == 1:
+        if weight is not None and len(weight.pieces) == 1 and "forward" not in module.__dict__:
             if type(module) is nn.Embedding and module.max_norm is None:
                 special = self._embedding
             elif type(module) is nn.Linear and weight.param.numel() > CHUNK:
