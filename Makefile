@@ -12,10 +12,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 
 install: $(VENV)/.ready
 
-# torch comes first and pinned: a free range would pull in gigabytes of CUDA libraries
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -432,6 +432,7 @@ def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(
 def _holds_a_run(out: Path) -> None:
     out.mkdir()
     (out / "config.yaml").write_text("steps: 1\n")
+    (out / "metrics.jsonl").write_text("")
 
 
 def _holds_foreign_files(out: Path) -> None:
@@ -489,7 +490,11 @@ BAD_META: dict[str, tuple[Options, str]] = {
     "wrong type": ({"reset_every": "often"}, "--reset-every: input should be a valid integer"),
     "another program's flag": ({"method": "mezo"}, "unrecognized arguments: --method mezo"),
     "no trajectory": ({"trajectory": "{inputs}/none"}, "points.jsonl: no such file"),
-    "a trajectory of other tasks": ({"trajectory": "{meta}/trajectory", "tasks": "demo-sentiment"}, "is of task"),
+    "a trajectory of other tasks": (
+        {"trajectory": "{meta}/trajectory", "tasks": "demo-sentiment"},
+        "of task demo-copa, are not",
+    ),
+    "a trajectory of another draw": ({"trajectory": "{meta}/trajectory", "seed": "1"}, "are not those drawn now"),
 }
 
 

@@ -7,13 +7,14 @@ import math
 import os
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from zotuner.errors import ZotunerError, unknown
-from zotuner.files import RUN_MARK, built_aside, check_out, claim_out, write_atomically
+from zotuner.files import RUN_MARKS, built_aside, check_out, claim_out, write_atomically
 from zotuner.ledger import MAGIC, MAX_HEADER, Ledger, Record, read_ledger
 from zotuner.metrics import MetricsLog, jsonable, read_rows
 
@@ -116,7 +117,8 @@ def made(out: Path, kind: str) -> None:
     elif kind != "nothing":
         out.mkdir()
     if kind == "run":
-        (out / RUN_MARK).write_text("steps: 1\n")
+        for mark in RUN_MARKS:
+            (out / mark).write_text("steps: 1\n")
         (out / "model").mkdir()
         (out / "model" / "weights").write_text("w")
     if kind == "foreign":
@@ -130,8 +132,8 @@ def test_a_new_or_empty_folder_is_claimed(tmp_path: Path, kind: str, overwrite: 
     made(out, kind)
     check_out(out, overwrite)
     assert out.exists() is (kind == "empty")
-    claim_out(out, overwrite)
-    assert list(out.iterdir()) == []
+    claim_out(out, overwrite, "steps: 2\n")
+    assert tree(out) == {"config.yaml": b"steps: 2\n", "metrics.jsonl": b""}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_a_new_or_empty_folder_is_claimed(tmp_path: Path, kind: str, overwrite: 
         ("file", True, "expected a folder for the run, found a file"),
     ],
 )
-@pytest.mark.parametrize("act", [check_out, claim_out])
+@pytest.mark.parametrize("act", [check_out, partial(claim_out, config="steps: 2\n")])
 def test_a_folder_that_holds_something_is_refused_and_kept(
     tmp_path: Path, act: Any, kind: str, overwrite: bool, says: str
 ) -> None:
@@ -163,12 +165,35 @@ def test_overwriting_a_run_removes_all_of_it(tmp_path: Path) -> None:
     made(out, "run")
     check_out(out, overwrite=True)
     assert (out / "model" / "weights").exists()
-    claim_out(out, overwrite=True)
-    assert list(out.iterdir()) == []
+    claim_out(out, True, "steps: 2\n")
+    assert tree(out) == {"config.yaml": b"steps: 2\n", "metrics.jsonl": b""}
+
+
+def test_a_folder_with_a_config_of_its_own_is_no_run(tmp_path: Path) -> None:
+    out = tmp_path / "project"
+    (out / "src").mkdir(parents=True)
+    (out / "config.yaml").write_text("mine: true\n")
+    with pytest.raises(ZotunerError, match="found other files"):
+        check_out(out, overwrite=True)
+
+
+def test_a_run_that_is_read_from_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made(out, "run")
+    with pytest.raises(ZotunerError, match="model: lies in --out"):
+        check_out(out, True, [tmp_path / "elsewhere", None, out / "model"])
+
+
+def test_an_empty_folder_behind_a_link_is_filled_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    claim_out(tmp_path / "out", False, "steps: 2\n")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "scratch" / "config.yaml").exists()
 
 
 def test_folders_above_the_output_are_made(tmp_path: Path) -> None:
-    claim_out(tmp_path / "a" / "b" / "out", overwrite=False)
+    claim_out(tmp_path / "a" / "b" / "out", False, "steps: 2\n")
     assert (tmp_path / "a" / "b" / "out").is_dir()
 
 

@@ -93,7 +93,8 @@ def test_a_step_equals_the_formula_computed_outside(make: Make) -> None:
             expected_c = ((rest - base) / (len(rest) * rest.std(correction=1))).tolist()
         assert info.coefficients == pytest.approx(expected_c, rel=1e-12)
         for i, block in enumerate(opt.blocks):
-            move = sum(c * sigma[i] * z_of(opt, i, step, b) for b, c in enumerate(expected_c))
+            first = 0 if len(info.losses) == 2 else 1
+            move = sum(c * sigma[i] * z_of(opt, i, step, b) for b, c in enumerate(expected_c, start=first))
             torch.testing.assert_close(flat(block), before[i] - LR * move, rtol=0, atol=1e-6)
 
 
@@ -106,7 +107,7 @@ def test_the_losses_are_those_at_the_perturbed_weights(make: Make) -> None:
     assert info is not None
     sigma = [1.0] * len(opt.blocks) if info.scales is None else info.scales.tolist()
     two_point = len(info.losses) == 2
-    signs = [(0, EPS), (0, -EPS)] if two_point else [(0, 0.0), *((b, EPS) for b in range(len(info.losses) - 1))]
+    signs = [(0, EPS), (0, -EPS)] if two_point else [(0, 0.0), *((b, EPS) for b in range(1, len(info.losses)))]
     twin = tiny_llama().eval()
     for loss, (branch, factor) in zip(info.losses, signs, strict=True):
         for i, block in enumerate(find_blocks(twin, "layer" if len(start) < 10 else "block")):
@@ -316,6 +317,16 @@ def test_scales_keep_the_frobenius_budget() -> None:
     assert opt.last.scales is not None
     assert float((numels * opt.last.scales**2).sum()) == pytest.approx(float(numels.sum()), rel=1e-12)
     assert opt.last.scales.std() > 0.01
+
+
+def test_a_tuner_trained_without_the_budget_is_used_without_it() -> None:
+    model = tiny_llama().eval()
+    tuner = Tuner.for_model(model, "abs", seed=5, normalized=False)
+    opt = ZOFineTuner(model, tuner, lr=LR, eps=EPS, seed=SEED)
+    opt.step(closure_of(model))
+    features = torch.tensor([(0.0, 0.0, 1.0, *moments(block)) for block in find_blocks(tiny_llama())])
+    assert opt.last is not None
+    torch.testing.assert_close(opt.last.scales, tuner.scales(features).double())
 
 
 def test_equal_losses_give_fzoo_no_step() -> None:

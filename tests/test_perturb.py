@@ -190,6 +190,39 @@ def test_a_forward_that_an_instance_brings_along_is_run_and_kept() -> None:
     assert table.forward is doubled
 
 
+class Latents(nn.Module):
+    """Returns a view of its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+
+    def forward(self, n: int) -> Tensor:
+        return self.latents.expand(n, -1, -1)
+
+
+class Reader(nn.Module):
+    """Uses a child's view after another child has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = Latents()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.latents(2)
+        return (self.layer(x)[:, None] * latents).sum()
+
+
+@torch.no_grad()
+def test_a_view_of_a_parameter_outlives_its_modules_forward() -> None:
+    model, x = Reader(), torch.ones(2, 4)
+    blocks = find_blocks(model)
+    alphas = [0.1] * len(blocks)
+    expected = float(moved(model, DRAW, alphas)(x))
+    assert Perturber(model, blocks).loss(lambda: model(x), DRAW, alphas) == pytest.approx(expected, rel=1e-6)
+
+
 @torch.no_grad()
 def test_reading_a_weights_shape_or_dtype_is_no_reading_from_outside() -> None:
     layer = nn.Linear(3, 2)

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 from zotuner.models import load_model
 from zotuner.optim import FZOO, MeZO, ZOFineTuner
@@ -31,6 +32,8 @@ def bench(model_name: str, *, batch_size: int, length: int, rounds: int, out: Pa
         out: Where the JSON goes.
         display: Where progress goes.
     """
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ZotunerError(f"{out}: there is no folder {out.parent} to write to")
     with display:
         display.say(f"loading {model_name}")
         model, _ = load_model(model_name)

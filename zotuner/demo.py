@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from zotuner.errors import ZotunerError
-from zotuner.files import RUN_MARK
+from zotuner.files import is_run
 from zotuner.report import plot, table
 
 MODEL, TASK = "smollm2-135m-instruct", "demo-sentiment"
@@ -32,7 +32,7 @@ def demo(out: Path, tuner: Path, forwards: int) -> None:
     """
     if not tuner.is_dir():
         raise ZotunerError(f"{tuner}: no such tuner; run the demo from a checkout, or pass --tuner DIR")
-    if out.exists() and any(p.is_dir() and not (p / RUN_MARK).exists() for p in out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(p.is_dir() and not is_run(p) for p in out.iterdir())):
         raise ZotunerError(f"{out}: expected a new folder or an earlier demo's; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     runs = []

@@ -3,13 +3,13 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from zotuner.errors import ZotunerError
 
-RUN_MARK = "config.yaml"  # a folder that holds it is a run's
+RUN_MARKS = ("config.yaml", "metrics.jsonl")  # a folder that holds both is a run's
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -44,11 +44,21 @@ def built_aside(target: Path) -> Iterator[Path]:
         raise
 
 
-def check_out(out: Path, overwrite: bool) -> None:
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one that a run filled."""
+    return all((folder / mark).is_file() for mark in RUN_MARKS)
+
+
+def check_out(out: Path, overwrite: bool, inputs: Sequence[Path | None] = ()) -> None:
     """Refuses an output folder that holds something, unless it is a run that may be overwritten.
 
+    Args:
+        out: The folder.
+        overwrite: Whether a run that it holds may go.
+        inputs: What the new run reads: none of it may lie in a folder that is overwritten.
+
     Raises:
-        ZotunerError: The folder holds another run, or anything that no run wrote.
+        ZotunerError: The folder holds another run, or anything that no run wrote, or an input.
     """
     if out.exists() and not out.is_dir():
         raise ZotunerError(f"{out}: expected a folder for the run, found a file; choose another --out")
@@ -57,18 +67,26 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise ZotunerError(f"{out}: cannot be made, since {above} is a file; choose another --out")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if not (out / RUN_MARK).exists():
+    if not is_run(out):
         raise ZotunerError(f"{out}: expected an empty folder or a run, found other files; choose another --out")
     if not overwrite:
         raise ZotunerError(f"{out}: holds another run; choose another --out, or pass --overwrite to replace it")
+    for path in inputs:
+        if path is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise ZotunerError(f"{path}: lies in --out, which would be emptied; choose another --out")
 
 
-def claim_out(out: Path, overwrite: bool) -> None:
-    """Makes the output folder, empty, after `check_out`."""
+def claim_out(out: Path, overwrite: bool, config: str) -> None:
+    """Makes the output folder, or empties it, after `check_out`; writes the marks of a run, `config.yaml` first."""
     check_out(out, overwrite)
     try:
-        if out.is_dir():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        write_atomically(out / RUN_MARKS[0], config)
+        (out / RUN_MARKS[1]).touch()
     except OSError as error:
-        raise ZotunerError(f"{out}: cannot be made anew: {error.strerror}; choose another --out") from None
+        raise ZotunerError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from zotuner import noise
 from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.evaluate import evaluate
-from zotuner.files import RUN_MARK, check_out, claim_out, write_atomically
+from zotuner.files import check_out, claim_out, write_atomically
 from zotuner.ledger import Ledger
 from zotuner.metrics import MetricsLog, jsonable
 from zotuner.models import keep_weights, load_model, restore_weights, save_model, weights_sha256
@@ -56,7 +57,7 @@ class ZOStepper:
             self.optimizer = FZOO(model, num_perturbations=config.num_perturbations, **common)
         else:
             assert tuner is not None
-            self.optimizer = ZOFineTuner(model, tuner, normalized=tuner.info.normalized, **common)
+            self.optimizer = ZOFineTuner(model, tuner, **common)
         self._model = model
 
     @torch.no_grad()
@@ -121,7 +122,8 @@ def prepare(config: FinetuneConfig) -> Setup:
     Raises:
         ZotunerError: An unknown task or model, bad data, a tuner that cannot be read.
     """
-    check_out(config.out, config.overwrite)
+    inputs = [Path(name) for name in (config.model, config.tuner, config.data_dir) if name is not None]
+    check_out(config.out, config.overwrite, inputs)
     task = get_task(config.task, config.data_dir)
     tuner = Tuner.from_pretrained(config.tuner) if config.tuner is not None else None
     splits = task.splits(
@@ -148,15 +150,15 @@ def finetune(config: FinetuneConfig, display: Display) -> dict[str, Any]:
         display.say(f"loading {config.model} and task {config.task}")
         setup = prepare(config)
         stepper = _stepper(config, setup)
-        claim_out(config.out, config.overwrite)
-        write_atomically(config.out / RUN_MARK, config.to_yaml())
-        (config.out / "metrics.jsonl").touch()
+        claim_out(config.out, config.overwrite, config.to_yaml())
         zero_shot = _evaluate(setup, setup.splits.test, config, display, "zero-shot")
         totals, dev = Progressed(), None
         if stepper is not None and config.steps:
-            dev = _train(config, setup, stepper, totals, display)
-            restore_weights(setup.model, config.out / BEST)
-            (config.out / BEST).unlink()
+            try:
+                dev = _train(config, setup, stepper, totals, display)
+                restore_weights(setup.model, config.out / BEST)
+            finally:
+                (config.out / BEST).unlink(missing_ok=True)
         final = _evaluate(setup, setup.splits.test, config, display, "final") if totals.steps else zero_shot
         if config.save_model:
             save_model(setup.model, setup.tokenizer, config.out / "model")
@@ -173,6 +175,7 @@ def finetune(config: FinetuneConfig, display: Display) -> dict[str, Any]:
             "final": final,
             "dev": dev,
             "skipped": totals.skipped,
+            "examples": {name: len(getattr(setup.splits, name)) for name in ("train", "dev", "test")},
             "weights_sha256": weights_sha256(setup.model),
             "seed": config.seed,
             "lr": config.lr,

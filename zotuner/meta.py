@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from zotuner import noise
 from zotuner.blocks import Block, find_blocks, pieces_of
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
-from zotuner.files import RUN_MARK, check_out, claim_out, write_atomically
+from zotuner.files import check_out, claim_out, write_atomically
 from zotuner.metrics import MetricsLog, jsonable
 from zotuner.models import load_model, weights_sha256
 from zotuner.objective import Objective
@@ -200,9 +201,7 @@ def meta_train(config: MetaTrainConfig, display: Display) -> Tuner:
     """
     with display:
         display.say(f"loading {config.model} and {', '.join(config.tasks)}")
-        check_out(config.out, config.overwrite)
-        if config.trajectory is not None and config.trajectory.resolve().is_relative_to(config.out.resolve()):
-            raise ZotunerError(f"{config.trajectory}: lies in --out, which would be emptied; choose another --out")
+        check_out(config.out, config.overwrite, [Path(config.model), config.data_dir, config.trajectory])
         tasks = {name: get_task(name, config.data_dir) for name in config.tasks}
         splits = {name: task.splits(train_size=config.train_size, seed=config.seed) for name, task in tasks.items()}
         model, tokenizer = load_model(config.model, dtype=config.dtype)
@@ -213,18 +212,18 @@ def meta_train(config: MetaTrainConfig, display: Display) -> Tuner:
             config.seed,
             granularity=config.granularity,
             normalized=config.normalized,
-            base_model=config.model,
+            base_model=Path(config.model).name if Path(config.model).exists() else config.model,
             base_weights_sha256=weights_sha256(model),
             tasks=config.tasks,
-            config=config.model_dump(mode="json", exclude={"out", "data_dir", "overwrite", "trajectory"}),
+            config=config.model_dump(mode="json", exclude={"out", "data_dir", "overwrite"}, exclude_none=True)
+            | {"examples": {name: len(split.train) for name, split in splits.items()}},
         )
 
         def loss(task: str, examples: Any) -> Tensor:
             return objectives[task].loss(model, objectives[task].training_batch(examples))
 
         points = _trajectory(config, model, loss, splits)
-        claim_out(config.out, config.overwrite)
-        write_atomically(config.out / RUN_MARK, config.to_yaml())
+        claim_out(config.out, config.overwrite, config.to_yaml())
         trainer = MetaTrainer(model, tuner, config)
         seconds = _walk(config, trainer, points, loss, display)
         tuner.save_pretrained(config.out)

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,18 @@ def keep_weights(model: nn.Module, path: Path) -> None:
     aside = path.with_suffix(".part")
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}, aside)
     aside.replace(path)
+
+
+def check_weights(model: nn.Module, path: Path) -> None:
+    """Raises `ZotunerError` unless a file holds this model's trainable parameters, whole."""
+    try:
+        with safe_open(path, framework="pt") as kept:
+            names = set(kept.keys())
+            for name, param in model.named_parameters():
+                if param.requires_grad and (name not in names or kept.get_slice(name).get_shape() != list(param.shape)):
+                    raise ZotunerError(f"{path}: key {name}: expected weights {tuple(param.shape)} of this model")
+    except (OSError, SafetensorError) as error:
+        raise ZotunerError(f"{path}: expected a whole safetensors file of kept weights: {_line(error)}") from None
 
 
 @torch.no_grad()
@@ -149,7 +162,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise ZotunerError(f"{gguf}: cannot be read as a GGUF language model: {_line(error)}") from None
     # transformers refuses to save what it marks as quantised; the weights are plain float32 by now
     model.config.__dict__.pop("quantization_config", None)
@@ -169,5 +182,5 @@ def accepts(model: Any) -> Callable[[str], bool]:
     import inspect
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = inspect.signature(getattr(base, "_orig_mod", base).forward).parameters
+    names = inspect.signature(type(getattr(base, "_orig_mod", base)).forward).parameters
     return names.__contains__

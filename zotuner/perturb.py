@@ -6,7 +6,8 @@ Nothing is undone afterwards, because nothing was changed: no drift in any dtype
 weights as they were. A large linear layer is computed by row chunks and an embedding by the rows that a batch
 touches, so the scratch stays small. A parameter that the closure reads from outside its module's forward (a module
 that reads another's weight, a penalty on the weights) cannot be served so: it is perturbed in place and
-restored from a copy; so are all parameters of a model that torch.compile made.
+restored from a copy; so are all parameters of a model that torch.compile made. Which parameters those are is watched
+while the first perturbed loss is evaluated: a closure that reads others later on is not served.
 """
 
 import warnings
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from zotuner import noise
 from zotuner.blocks import Block, Piece, pieces_of
@@ -150,7 +151,7 @@ class Perturber:
                             module._parameters[slot.name] = perturbed  # type: ignore[assignment]
                     if special is not None:
                         return special(module, weight, draw, alphas, *args, **kwargs)
-                return original(*args, **kwargs)
+                return tree_map(lambda out: _own(out, taken), original(*args, **kwargs))
             finally:
                 module._parameters.update(swapped)
                 self._pool += taken
@@ -222,6 +223,15 @@ class _Watch(TorchFunctionMode):
                 if id(leaf) in self._ids:
                     self.seen[self._ids[id(leaf)]] = None
         return result
+
+
+def _own(out: Any, buffers: Sequence[Tensor]) -> Any:
+    """A copy of an output that is a view of a scratch buffer, such as `return self.latents[:n]`; others as they are."""
+    if isinstance(out, Tensor) and any(
+        out.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for b in buffers
+    ):
+        return out.clone()
+    return out
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def plot(runs: Sequence[Path], path: Path) -> None:
         axes.legend()
     try:
         figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ZotunerError(f"{path}: cannot be written: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
+        raise ZotunerError(f"{path}: cannot be written: {error}") from None
     finally:
         pyplot.close(figure)

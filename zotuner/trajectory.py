@@ -5,6 +5,7 @@
 A trajectory can be recorded (batches and losses always, weights on request) and visited again without walking it.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from zotuner.errors import ZotunerError
 from zotuner.metrics import MetricsLog, read_rows
-from zotuner.models import keep_weights, restore_weights
+from zotuner.models import check_weights, keep_weights, restore_weights
 from zotuner.tasks import Example
 
 MOMENTUM = 0.9  # of SGD
@@ -40,6 +41,11 @@ class Point:
     position: int
     task: str
     examples: tuple[Example, ...]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """What tells one batch from another: SHA-256 of its texts and labels, shortened."""
+    return hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:16]
 
 
 def first_order(name: Literal["adam", "sgd"], model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -88,22 +94,34 @@ class Walk:
     def points(self, count: int) -> Iterator[Point]:
         """Yields each point with the model at it, and takes the step to the next when asked for that."""
         self._folder.mkdir(parents=True)
-        start = self._folder / START
-        keep_weights(self._model, start)
+        keep_weights(self._model, self._folder / START)
+        try:
+            yield from self._walk(count)
+        finally:
+            (self._folder / START).unlink()
+
+    def _walk(self, count: int) -> Iterator[Point]:
         optimizer = self._make()
         with MetricsLog(self._folder / ROWS) as rows:
             for number in range(count):
                 position = number % self._reset_every
                 if number and position == 0:
-                    restore_weights(self._model, start)
+                    restore_weights(self._model, self._folder / START)
                     optimizer = self._make()
                 task, chosen = self._batch(number)
                 snapshot = self._snapshot(number)
                 point = Point(number, position, task, tuple(self._train[task][i] for i in chosen))
                 yield point
                 loss = self._step(optimizer, point)
-                rows.write(number=number, position=position, task=task, examples=chosen, loss=loss, snapshot=snapshot)
-        start.unlink()
+                rows.write(
+                    number=number,
+                    position=position,
+                    task=task,
+                    examples=chosen,
+                    digest=digest(point.examples),
+                    loss=loss,
+                    snapshot=snapshot,
+                )
 
     def _batch(self, number: int) -> tuple[str, list[int]]:
         """The task and the batch of a point: a function of (seed, number) alone."""
@@ -148,12 +166,12 @@ class Recorded:
         if not self._rows:
             raise ZotunerError(f"{folder / ROWS}: no point has its weights kept; record with --snapshot-every")
         for row in self._rows:
-            if not (folder / row["snapshot"]).is_file():
-                raise ZotunerError(f"{folder / row['snapshot']}: the weights of point {row['number']} are missing")
-            if row["task"] not in train or max(row["examples"]) >= len(train[row["task"]]):
+            check_weights(model, folder / row["snapshot"])
+            known = train.get(row["task"], ())
+            if max(row["examples"]) >= len(known) or digest([known[i] for i in row["examples"]]) != row["digest"]:
                 raise ZotunerError(
-                    f"{folder / ROWS}: point {row['number']} is of task {row['task']}, example {max(row['examples'])}; "
-                    "pass the --tasks, --data-dir, --train-size and --seed that the record was made with"
+                    f"{folder / ROWS}: the examples of point {row['number']}, of task {row['task']}, are not those "
+                    "drawn now; pass the --tasks, --data-dir, --train-size and --seed that the record was made with"
                 )
 
     def points(self, count: int) -> Iterator[Point]:

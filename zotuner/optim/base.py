@@ -5,7 +5,7 @@ scale  ->  sigma~ (n,)  ->  estimator asks for losses at theta + eps sigma~ z  -
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,8 @@ class StepInfo:
         step: Its number, from 0; noise was drawn with it.
         losses: Two-point: (loss_plus, loss_minus). One-sided: (l_0, l_1, ..., l_N).
         coefficients: Of each perturbation: the update was -lr sum_k coefficients[k] u_k.
-        forwards: Evaluations of the closure.
+        forwards: Losses that the step took. (The first step of a model whose parameters are read outside their
+            modules calls the closure once more, to find out.)
         scales: The normalised sigma~ (n,) float64, or None where every block has scale 1.
         skipped: A loss was not finite: no update was made.
     """
@@ -113,13 +114,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         found = None if self._scale is None else self._scale.scales(group)
         sigma = [1.0] * len(self.blocks) if found is None else found[1].tolist()
-        at = Draw(group["noise"], group["seed"], group["step"])
+        at = Draw(group["noise"], group["seed"], group["step"], self._estimator.first_branch)
 
         def evaluate(branch: int, factor: float) -> float:
             if factor == 0.0:
                 return self._perturber.loss(closure)
-            draw = Draw(at.kind, at.seed, at.step, branch)
-            return self._perturber.loss(closure, draw, [factor * s for s in sigma])
+            return self._perturber.loss(closure, replace(at, branch=branch), [factor * s for s in sigma])
 
         losses = self._estimator.losses(evaluate, group["eps"])
         coefficients = self._estimator.coefficients(losses, group["eps"])

@@ -16,7 +16,7 @@ Evaluate = Callable[[int, float], float]  # (branch, factor of u) -> loss; a fac
 class TwoPoint:
     """c = [L(theta + eps u) - L(theta - eps u)] / (2 eps), for one u (MeZO, arXiv:2305.17333, Alg. 1)."""
 
-    branches: int = 1
+    first_branch: int = 0
 
     def losses(self, evaluate: Evaluate, eps: float) -> tuple[float, ...]:
         """(loss_plus, loss_minus): two forwards."""
@@ -49,16 +49,18 @@ class OneSided:
 
     def __post_init__(self) -> None:
         if self.num_perturbations < 2:
-            raise ValueError(f"num_perturbations must be at least 2 for a standard deviation, got {self.branches}")
+            raise ValueError(
+                f"num_perturbations must be at least 2 for a standard deviation, got {self.num_perturbations}"
+            )
 
     @property
-    def branches(self) -> int:
-        """Noise vectors a step."""
-        return self.num_perturbations
+    def first_branch(self) -> int:
+        """u_i is noise's branch i; the update walks them from the first."""
+        return 1
 
     def losses(self, evaluate: Evaluate, eps: float) -> tuple[float, ...]:
         """(l_0, l_1, ..., l_N): N + 1 forwards."""
-        return evaluate(0, 0.0), *(evaluate(i, eps) for i in range(self.num_perturbations))
+        return evaluate(0, 0.0), *(evaluate(i, eps) for i in range(1, self.num_perturbations + 1))
 
     def coefficients(self, losses: tuple[float, ...], eps: float) -> tuple[float, ...]:
         """(c_1, ..., c_N): the update is -lr sum_i c_i u_i."""

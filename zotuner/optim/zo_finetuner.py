@@ -64,7 +64,8 @@ class ZOFineTuner(ZOOptimizer):
         eps: Size of a perturbation.
         noise: "gaussian" (the paper's) or "rademacher".
         seed: Of the noise.
-        normalized: sigma~ = sigma sqrt(d / sum_j d_j sigma_j^2); without it sigma~ = sigma.
+        normalized: sigma~ = sigma sqrt(d / sum_j d_j sigma_j^2); without it sigma~ = sigma. None: as the
+            tuner was trained.
         estimator: `TwoPoint()`, or `OneSided(N)` for FZOO's estimator with learned scales.
 
     Raises:
@@ -88,7 +89,7 @@ class ZOFineTuner(ZOOptimizer):
         noise: str = "gaussian",
         seed: int = 0,
         *,
-        normalized: bool = True,
+        normalized: bool | None = None,
         estimator: Estimator | None = None,
     ) -> None:
         super().__init__(
@@ -98,6 +99,6 @@ class ZOFineTuner(ZOOptimizer):
             noise=noise,
             seed=seed,
             estimator=estimator or TwoPoint(),
-            scale=lambda blocks: Learned(tuner, blocks, normalized),
+            scale=lambda blocks: Learned(tuner, blocks, tuner.info.normalized if normalized is None else normalized),
             granularity=tuner.granularity,
         )
