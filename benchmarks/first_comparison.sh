@@ -17,7 +17,7 @@ run() { # method lr steps [options]
 }
 
 # the middle of each grid first
-for lrs in "4e-5 2e-5 1e-3" "2e-5 4e-5 4e-3" "8e-5 1e-5 2e-3" "1e-5 8e-5 8e-3"; do
+for lrs in "4e-5 2e-5 1e-3" "2e-5 4e-5 4e-3" "8e-5 8e-5 8e-3"; do
     read -r mezo tuned fzoo <<<"$lrs"
     run mezo "$mezo" $((forwards / 2))
     run zo-finetuner "$tuned" $((forwards / 2)) --tuner "$tuner"
