@@ -23,5 +23,4 @@ for lrs in "4e-5 2e-5 1e-3" "2e-5 4e-5 4e-3" "8e-5 8e-5 8e-3"; do
     run zo-finetuner "$tuned" $((forwards / 2)) --tuner "$tuner"
     run fzoo "$fzoo" $((forwards / 9))
 done
-run mezo 1.6e-4 $((forwards / 2)) # MeZO's best on dev was at the edge
 python -m zotuner report "$out"/*/ --plot "$out/loss.png"
