@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "fine-tune the demo model by three methods at equal forwards")
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for the runs (%(default)s)")
     demo.add_argument("--tuner", type=Path, default=Path("tuners/smollm2-135m-instruct"), help="(%(default)s)")
-    demo.add_argument("--forwards", type=_count, default=90, help="forward passes a method (%(default)s)")
+    demo.add_argument("--forwards", type=_count, default=54, help="forward passes a method (%(default)s)")
     bench = add("bench", _bench, "measure what a step of each method costs")
     bench.add_argument("--model", default="smollm2-135m-instruct", help="(%(default)s)")
     bench.add_argument("--batch-size", type=_count, default=16, help="sequences (%(default)s)")
