@@ -1,6 +1,5 @@
 """What a step costs: measured side by side in one process, interleaved, medians over rounds."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zotuner.errors import ZotunerError
-from zotuner.files import write_atomically
+from zotuner.metrics import write_json
 from zotuner.models import load_model
 from zotuner.optim import FZOO, MeZO, ZOFineTuner
 from zotuner.progress import Display
@@ -58,7 +57,7 @@ def bench(model_name: str, *, batch_size: int, length: int, rounds: int, out: Pa
     about = {"model": model_name, "batch_size": batch_size, "length": length, "rounds": rounds}
     about |= {"threads": torch.get_num_threads(), "versions": versions()}
     if out is not None:
-        write_atomically(out, json.dumps({**about, "entries": result}, indent=2) + "\n")
+        write_json(out, {**about, "entries": result})
     Console().print(_table(result, f"{model_name}, batch {batch_size} x {length}, median of {rounds} rounds"))
 
 

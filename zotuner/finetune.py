@@ -3,7 +3,6 @@
 zero-shot evaluation  ->  steps, with evaluations on dev  ->  best on dev  ->  final evaluation  ->  summary
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -18,9 +17,9 @@ from zotuner import noise
 from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.evaluate import evaluate
-from zotuner.files import check_out, claim_out, write_atomically
+from zotuner.files import check_out, claim_out
 from zotuner.ledger import Ledger
-from zotuner.metrics import MetricsLog, jsonable
+from zotuner.metrics import MetricsLog, write_json
 from zotuner.models import keep_weights, load_model, restore_weights, save_model, weights_sha256
 from zotuner.objective import Batch, Objective
 from zotuner.optim import FZOO, MeZO, ZOFineTuner, ZOOptimizer
@@ -182,7 +181,7 @@ def finetune(config: FinetuneConfig, display: Display) -> dict[str, Any]:
             "prompt_version": setup.objective.task.prompt_version,
             "versions": versions(),
         }
-        write_atomically(config.out / "summary.json", json.dumps(jsonable(summary), indent=2) + "\n")
+        write_json(config.out / "summary.json", summary)
     return summary
 
 

@@ -10,7 +10,6 @@ Source: ZO Fine-tuner, arXiv:2510.00419. With z and c held fixed,
 so there is no graph over the parameters and no copy of the model, and a gradient is freed once its dot is taken.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -26,8 +25,8 @@ from zotuner import noise
 from zotuner.blocks import Block, find_blocks, pieces_of
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
-from zotuner.files import check_out, claim_out, write_atomically
-from zotuner.metrics import MetricsLog, jsonable
+from zotuner.files import check_out, claim_out
+from zotuner.metrics import MetricsLog, write_json
 from zotuner.models import load_model, weights_sha256
 from zotuner.objective import Objective
 from zotuner.optim.estimators import TwoPoint
@@ -237,7 +236,7 @@ def meta_train(config: MetaTrainConfig, display: Display) -> Tuner:
             "seed": config.seed,
             "versions": tuner.info.versions,
         }
-        write_atomically(config.out / "summary.json", json.dumps(jsonable(summary), indent=2) + "\n")
+        write_json(config.out / "summary.json", summary)
         display.say(f"tuner for {len(tuner.block_names)} blocks written to {config.out}")
     return tuner
 

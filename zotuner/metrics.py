@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from zotuner.errors import ZotunerError
+from zotuner.files import write_atomically
 
 
 def jsonable(value: Any) -> Any:
@@ -17,6 +18,11 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON document, whole or not at all."""
+    write_atomically(path, json.dumps(jsonable(value), indent=2) + "\n")
 
 
 class MetricsLog:
