@@ -7,14 +7,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from zotuner.errors import ZotunerError
 from zotuner.metrics import write_json
 from zotuner.models import load_model
 from zotuner.optim import FZOO, MeZO, ZOFineTuner
-from zotuner.progress import Display
+from zotuner.progress import Display, stdout
 from zotuner.tuner import Tuner, versions
 
 LR = 1e-12  # the weights may drift by nothing that matters while we measure
@@ -58,7 +57,7 @@ def bench(model_name: str, *, batch_size: int, length: int, rounds: int, out: Pa
     about |= {"threads": torch.get_num_threads(), "versions": versions()}
     if out is not None:
         write_json(out, {**about, "entries": result})
-    Console().print(_table(result, f"{model_name}, batch {batch_size} x {length}, median of {rounds} rounds"))
+    stdout().print(_table(result, f"{model_name}, batch {batch_size} x {length}, median of {rounds} rounds"))
 
 
 def _entries(model: Any, closure: Callable[[], torch.Tensor]) -> dict[str, tuple[int, Callable[[], Any]]]:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from pydantic.fields import FieldInfo
-from rich.console import Console
 from rich_argparse import RichHelpFormatter
 
 from zotuner.config import Config, FinetuneConfig, MetaTrainConfig
 from zotuner.errors import ZotunerError
 
-PIPE_WIDTH = 160
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
@@ -133,11 +131,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
     config = _config(FinetuneConfig, arguments)
     _quiet()
     from zotuner.finetune import finetune
-    from zotuner.progress import Display
+    from zotuner.progress import Display, stdout
     from zotuner.report import table
 
     finetune(config, Display())
-    _stdout().print(table([config.out]))
+    stdout().print(table([config.out]))
 
 
 def _meta_train(arguments: argparse.Namespace) -> None:
@@ -150,9 +148,10 @@ def _meta_train(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from zotuner.progress import stdout
     from zotuner.report import plot, table
 
-    _stdout().print(table(arguments.runs))
+    stdout().print(table(arguments.runs))
     if arguments.plot:
         plot(arguments.runs, arguments.plot)
 
@@ -175,15 +174,10 @@ def _bench(arguments: argparse.Namespace) -> None:
 def _tasks(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
+    from zotuner.progress import stdout
     from zotuner.tasks import TASKS
 
     table = Table("task", "loss", "from", "what it is")
     for name, task in TASKS.items():
         table.add_row(name, task.loss, " ".join(task.hub) if task.hub else "the package", (task.__doc__ or "").strip())
-    _stdout().print(table)
-
-
-def _stdout() -> Console:
-    """Where results go; a pipe has no width of its own, and a table must not be cut in it."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PIPE_WIDTH)
+    stdout().print(table)

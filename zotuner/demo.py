@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from zotuner.errors import ZotunerError
 from zotuner.files import is_run
+from zotuner.progress import stdout
 from zotuner.report import plot, table
 
 MODEL, TASK = "smollm2-135m-instruct", "demo-sentiment"
@@ -47,6 +46,6 @@ def demo(out: Path, tuner: Path, forwards: int) -> None:
         if code:
             raise ZotunerError(f"the run of {method} ended with exit code {code}; its message is above")
     plot(runs, out / "loss.png")
-    console = Console()
+    console = stdout()
     console.print(table(runs, title=f"{MODEL} on {TASK}, {forwards} forward passes each"))
     console.print(f"loss curves: {out / 'loss.png'}", highlight=False)

@@ -1,5 +1,6 @@
 """Progress of long work: live bars on a terminal, plain lines elsewhere."""
 
+import os
 import resource
 import sys
 import time
@@ -9,6 +10,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+PIPE_WIDTH = 160
 PLAIN_EVERY = 10.0  # seconds between lines where output is no terminal
 
 
@@ -16,6 +18,12 @@ def peak_rss_bytes() -> int:
     """The most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def stdout() -> Console:
+    """Where results go; a pipe has no width of its own, and a table must not be cut in it."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PIPE_WIDTH)
 
 
 class Bar:
