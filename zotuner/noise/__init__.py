@@ -6,6 +6,7 @@ the order, the chunking, the process or the device. The global random state is n
     sample   z itself, as a tensor
     add_     tensor += sum_k alpha_k z_k, without ever holding z
     add      the same into another tensor
+    add_rows the same for some rows of a matrix
     dot      <g, z>
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from zotuner.noise import philox
 from zotuner.noise.philox import KINDS, check_range
 
-__all__ = ["KINDS", "VERSION", "add", "add_", "dot", "sample"]
+__all__ = ["KINDS", "VERSION", "add", "add_", "add_rows", "dot", "sample"]
 
 VERSION = 1  # of the map from coordinates to z; a recorded run can be replayed by this version alone
 CHUNK = 1 << 20  # elements of z held at once where a fused kernel does not apply
@@ -77,6 +78,7 @@ def add(
     block: int,
     start: int = 0,
     branch: int = 0,
+    rounding: str = "nearest",
 ) -> Tensor:
     """out = src + alpha z, without ever holding z; with k alphas, out = src + sum_k alpha_k z of branch `branch + k`.
 
@@ -93,15 +95,20 @@ def add(
         block: The block's number.
         start: The element of the block that `src` begins with.
         branch: The first branch.
+        rounding: "nearest", or "stochastic": to bfloat16 or float16 without bias, up or down by a word of the same
+            generator, which depends on (seed, step, block, element) alone. An update far below a weight's spacing,
+            which the nearest rounding would lose, then happens in the mean.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: Shapes that differ, an unknown kind or a coordinate out of range.
+        ValueError: Shapes that differ, an unknown kind or rounding, or a coordinate out of range.
     """
     if src.shape != out.shape:
         raise ValueError(f"out must have src's shape {tuple(src.shape)}, got {tuple(out.shape)}")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
     check_range(start, start + src.numel())
     alphas = [alpha] if isinstance(alpha, float | int) else list(alpha)
     addresses = [philox.address(kind, seed=seed, step=step, block=block, branch=branch + k) for k in range(len(alphas))]
@@ -109,26 +116,67 @@ def add(
     if not alphas or not src.numel():
         into.copy_(of)
         return out
-    if all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in (of, into)):
-        from zotuner.noise import cpu
-
-        cpu.add(into, of, np.asarray(alphas, np.float32), kind, addresses[0], start)
+    if _fused(of) and _fused(into):
+        _add_flat(into, of, alphas, kind, addresses, start)
         return out
     work = torch.float64 if src.dtype == torch.float64 else torch.float32
-    for rows, low, high in _row_chunks(of):
-        terms = [
-            torch.tensor(a, dtype=work, device=of.device)
-            * _draw(kind, at, start + low, start + high, of.device).to(work)
-            for a, at in zip(alphas, addresses, strict=True)
-        ]
-        total = functools.reduce(torch.add, terms)
-        into[rows].copy_(of[rows].to(work) + total.view(of[rows].shape))
+    drop = philox.DROPPED.get(out.dtype) if rounding == "stochastic" else None
+    for rows, low, _ in _row_chunks(of):
+        sums = of[rows].to(work, copy=True, memory_format=torch.contiguous_format)
+        _add_flat(sums, sums, alphas, kind, addresses, start + low)
+        if drop is not None:
+            _round(sums, drop, philox.rounding_address(seed=seed, step=step, block=block), start + low)
+        into[rows].copy_(sums)
     return out
 
 
 def add_(tensor: Tensor, alpha: float | Sequence[float], **at: Any) -> Tensor:
     """tensor += alpha z in place; the arguments are those of `add`."""
     return add(tensor, alpha, out=tensor, **at)
+
+
+def add_rows(
+    src: Tensor,
+    rows: Tensor,
+    alpha: float,
+    *,
+    kind: str,
+    seed: int,
+    step: int,
+    block: int,
+    start: int = 0,
+    branch: int = 0,
+) -> Tensor:
+    """src[rows] + alpha z[rows]: noise for the rows that are named, and no others.
+
+    Args:
+        src: (n, width), any floating dtype.
+        rows: (m,) int64 on `src`'s device.
+        alpha: A factor.
+        kind: As in `add`, like all that follow.
+        seed: Of the run.
+        step: The optimizer's step.
+        block: The block's number.
+        start: The element of the block that `src` begins with.
+        branch: Which of the step's perturbations.
+
+    Returns:
+        (m, width) of `src`'s dtype.
+    """
+    at = philox.address(kind, seed=seed, step=step, block=block, branch=branch)
+    check_range(start, start + src.numel())
+    of = src.detach()
+    if _fused(of):
+        from zotuner.noise import cpu
+
+        out = of.new_empty(len(rows), of.shape[1])
+        cpu.add_rows(out, of, rows, alpha, kind, at, start)
+        return out
+    out, width = of[rows], of.shape[1]
+    coordinates = {"kind": kind, "seed": seed, "step": step, "block": block, "branch": branch}
+    for i, row in enumerate(rows.tolist()):
+        add_(out[i], alpha, start=start + row * width, **coordinates)
+    return out
 
 
 def dot(g: Tensor, *, kind: str, seed: int, step: int, block: int, start: int = 0, branch: int = 0) -> float:
@@ -148,7 +196,7 @@ def dot(g: Tensor, *, kind: str, seed: int, step: int, block: int, start: int = 
     """
     check_range(start, start + g.numel())
     at = philox.address(kind, seed=seed, step=step, block=block, branch=branch)
-    if g.device.type == "cpu" and g.dtype == torch.float32 and g.is_contiguous() and g.numel():
+    if _fused(g) and g.numel():
         from zotuner.noise import cpu
 
         return cpu.dot(g.detach(), kind, at, start)
@@ -158,6 +206,38 @@ def dot(g: Tensor, *, kind: str, seed: int, step: int, block: int, start: int = 
         z = _draw(kind, at, start + low, start + high, g.device)
         total += float((g.detach()[rows].to(work).reshape(-1) * z.to(work)).sum(dtype=torch.float64))
     return total
+
+
+def _fused(tensor: Tensor) -> bool:
+    """Whether the CPU kernels work on a tensor as it lies."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+def _add_flat(
+    out: Tensor, src: Tensor, alphas: Sequence[float], kind: str, addresses: Sequence[philox.Address], start: int
+) -> None:
+    """out = src + sum_k alpha_k z_k for contiguous tensors of one working precision."""
+    if _fused(src):
+        from zotuner.noise import cpu
+
+        cpu.add(out, src, np.asarray(alphas, np.float32), kind, addresses[0], start)
+        return
+    terms = [
+        torch.tensor(a, dtype=src.dtype, device=src.device)
+        * _draw(kind, at, start, start + src.numel(), src.device).to(src.dtype)
+        for a, at in zip(alphas, addresses, strict=True)
+    ]
+    out.copy_(src + functools.reduce(torch.add, terms).view(src.shape))
+
+
+def _round(values: Tensor, drop: int, at: philox.Address, start: int) -> None:
+    """Stochastic rounding in place, by the backend of a device."""
+    if values.device.type == "cpu":
+        from zotuner.noise import cpu
+
+        cpu.round_(values, drop, at, start)
+    else:
+        philox.round_(values, drop, at, start)
 
 
 def _draw(kind: str, at: philox.Address, start: int, stop: int, device: torch.device | str) -> Tensor:

@@ -17,7 +17,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 MASK = 0xFFFFFFFF
 
-KINDS = ("gaussian", "rademacher")  # a kind's position is its number in the counter
+KINDS = ("gaussian", "rademacher")  # a kind's position is its number in the counter; 2 is stochastic rounding's
 TILE = 512  # elements; the smallest range that is generated whole
 CALLS = {"gaussian": 128, "rademacher": 4}  # Philox calls a tile: 4 normals or 128 signs come from one call
 
@@ -51,11 +51,20 @@ def address(kind: str, *, seed: int, step: int, block: int, branch: int) -> Addr
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of noise {kind!r}; known: {', '.join(KINDS)}")
-    given = {"seed": seed, "step": step, "branch": branch, "block": block}
+    return _packed(KINDS.index(kind), seed=seed, step=step, block=block, branch=branch)
+
+
+def rounding_address(*, seed: int, step: int, block: int) -> Address:
+    """Of the words that round a block's elements stochastically in a step."""
+    return _packed(len(KINDS), seed=seed, step=step, block=block, branch=0)
+
+
+def _packed(number: int, **given: int) -> Address:
     for name, value in given.items():
         if not 0 <= value < LIMITS[name]:
             raise ValueError(f"{name} must be at least 0 and below {LIMITS[name]}, got {value}")
-    return Address(branch << 8, step, block | KINDS.index(kind) << 24, (seed & MASK, seed >> 32))
+    seed, low = given["seed"], given["block"] | number << 24
+    return Address(given["branch"] << 8, given["step"], low, (seed & MASK, seed >> 32))
 
 
 def check_range(start: int, stop: int) -> None:
@@ -120,3 +129,26 @@ def sample(kind: str, at: Address, start: int, stop: int, device: torch.device |
     tiles = {"gaussian": normals, "rademacher": signs}[kind]
     z = tiles(at, first * CALLS[kind], (last - first) * CALLS[kind], device)
     return z[start - first * TILE : stop - first * TILE]
+
+
+DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that the smaller type has no place for
+
+
+def round_(values: Tensor, drop: int, at: Address, start: int) -> None:
+    """Rounds float32 values stochastically to ones that a type of `drop` bits less can hold, in place.
+
+    The low bits of the value's pattern plus a random number of as many bits: the carry rounds away from zero with a
+    probability equal to the part that is dropped, so that the mean is the value itself.
+    """
+    first, last = start // TILE, -(-(start + values.numel()) // TILE)
+    calls = CALLS["gaussian"]
+    drawn = torch.stack([w.view(-1, calls) for w in words(at, first * calls, (last - first) * calls, values.device)], 1)
+    drawn = drawn.reshape(-1)[start - first * TILE :][: values.numel()].view(values.shape)
+    bits = values.view(torch.int32).long() & MASK
+    up = (bits + (drawn >> (32 - drop))) >> drop << drop
+    rounded = (up - ((up >> 31) << 32)).to(torch.int32).view(torch.float32)
+    if drop == DROPPED[torch.float16]:  # its subnormal numbers lie 2^-24 apart
+        size = values.double().abs()
+        whole = torch.floor(size * 2.0**24 + drawn.double() * 2.0**-32) * 2.0**-24
+        rounded = torch.where(size < 2.0**-14, torch.copysign(whole, values.double()).float(), rounded)
+    values.copy_(torch.where(torch.isfinite(values), rounded, values))
