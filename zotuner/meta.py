@@ -32,7 +32,7 @@ from zotuner.objective import Objective
 from zotuner.optim.estimators import TwoPoint
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import normalize
-from zotuner.perturb import Closure, Draw, Perturber, shift
+from zotuner.perturb import Closure, Draw, Perturbation, Perturber, shift
 from zotuner.progress import Display, peak_rss_bytes
 from zotuner.tasks import Splits, get_task
 from zotuner.trajectory import Point, Recorded, Walk
@@ -98,7 +98,8 @@ def virtual_step(
     """
     sigma, estimator = scales.tolist(), TwoPoint()
     with torch.no_grad():
-        losses = estimator.losses(lambda _, e: perturber.loss(closure, draw, [e * s for s in sigma]), eps)
+        points = [Perturbation(draw, [factor * s for s in sigma]) for _, factor in estimator.points(eps)]
+        losses = tuple(perturber.losses(closure, points))
     (c,) = estimator.coefficients(losses, eps)
     dots = torch.zeros(len(blocks), dtype=torch.float64)
     if not math.isfinite(c):

@@ -21,7 +21,7 @@ from torch import Tensor
 from zotuner.noise import philox
 from zotuner.noise.philox import KINDS, check_range
 
-__all__ = ["KINDS", "VERSION", "add", "add_", "add_rows", "dot", "sample"]
+__all__ = ["KINDS", "VERSION", "add", "add_", "add_rows", "dot", "round_to_", "sample"]
 
 VERSION = 1  # of the map from coordinates to z; a recorded run can be replayed by this version alone
 CHUNK = 1 << 20  # elements of z held at once where a fused kernel does not apply
@@ -120,12 +120,11 @@ def add(
         _add_flat(into, of, alphas, kind, addresses, start)
         return out
     work = torch.float64 if src.dtype == torch.float64 else torch.float32
-    drop = philox.DROPPED.get(out.dtype) if rounding == "stochastic" else None
     for rows, low, _ in _row_chunks(of):
         sums = of[rows].to(work, copy=True, memory_format=torch.contiguous_format)
         _add_flat(sums, sums, alphas, kind, addresses, start + low)
-        if drop is not None:
-            _round(sums, drop, philox.rounding_address(seed=seed, step=step, block=block), start + low)
+        if rounding == "stochastic":
+            round_to_(sums, out.dtype, seed=seed, step=step, block=block, start=start + low)
         into[rows].copy_(sums)
     return out
 
@@ -133,6 +132,25 @@ def add(
 def add_(tensor: Tensor, alpha: float | Sequence[float], **at: Any) -> Tensor:
     """tensor += alpha z in place; the arguments are those of `add`."""
     return add(tensor, alpha, out=tensor, **at)
+
+
+def round_to_(values: Tensor, dtype: torch.dtype, *, seed: int, step: int, block: int, start: int = 0) -> Tensor:
+    """Rounds values stochastically to ones that a smaller dtype holds exactly, in place; see `add`.
+
+    Args:
+        values: Contiguous float32.
+        dtype: bfloat16 or float16; others leave the values as they are.
+        seed: Of the run.
+        step: The optimizer's step.
+        block: The block's number.
+        start: The element of the block that `values` begins with.
+
+    Returns:
+        `values`.
+    """
+    if dtype in philox.DROPPED:
+        _round(values, philox.DROPPED[dtype], philox.rounding_address(seed=seed, step=step, block=block), start)
+    return values
 
 
 def add_rows(

@@ -268,7 +268,7 @@ def _pair(kernel: Callable[..., None]) -> tuple[Any, Any]:
     return jit(kernel), njit(parallel=True, **OPTIONS)(kernel)
 
 
-_SAMPLE, _ADD, _ADD_ROWS, _DOT, _ROUND = map(_pair, (_sample, _add, _add_rows, _dot, _round))
+_SAMPLE, _ADD, _ADD_ROWS, _DOT, _ROUND = (_pair(kernel) for kernel in (_sample, _add, _add_rows, _dot, _round))
 
 
 def _run(pair: tuple[Any, Any], size: int, *args: object) -> None:

@@ -5,7 +5,7 @@ scale  ->  sigma~ (n,)  ->  estimator asks for losses at theta + eps sigma~ z  -
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +15,10 @@ from zotuner.blocks import Block, find_blocks
 from zotuner.errors import unknown
 from zotuner.noise import KINDS
 from zotuner.optim.estimators import OneSided, TwoPoint
-from zotuner.perturb import Closure, Draw, Perturber, shift
+from zotuner.perturb import Closure, Draw, Perturbation, Perturber
 
 Estimator = TwoPoint | OneSided
+LOW_RANK = "low-rank"
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,15 @@ class ZOOptimizer(torch.optim.Optimizer):
         model: Its trainable parameters are tuned; set `requires_grad` to choose.
         lr: Learning rate, not negative.
         eps: Size of a perturbation an element, > 0.
-        noise: "gaussian" or "rademacher".
+        noise: "gaussian", "rademacher" or "low-rank".
         seed: Of the noise, in [0, 2^64).
         estimator: Which losses a step asks for.
         scale: Makes, from the blocks, what says how large the perturbation is in each; None: 1 everywhere.
         granularity: "block" or "layer", see `zotuner.blocks.find_blocks`.
+        rank: r of low-rank noise, A B^T / sqrt(r) in each matrix.
+        factors: Distribution of A and B: "gaussian" or "rademacher".
+        engine: "streamed" or "in-place", see `zotuner.perturb.engine`.
+        branch_batch: How many losses of a step one forward evaluates, or "auto"; see there.
 
     Raises:
         ValueError: An argument out of its range, or no trainable parameter.
@@ -81,23 +86,33 @@ class ZOOptimizer(torch.optim.Optimizer):
         estimator: Estimator,
         scale: Callable[[Sequence[Block]], Scale] | None = None,
         granularity: str = "block",
+        rank: int = 1,
+        factors: str = "rademacher",
+        engine: str = "streamed",
+        branch_batch: int | str = "auto",
     ) -> None:
         if not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"lr must be a number that is not negative, got {lr}")
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"eps must be a positive number, got {eps}")
-        if noise not in KINDS:
-            raise ValueError(unknown("kind of noise", noise, KINDS))
+        if noise not in (*KINDS, LOW_RANK):
+            raise ValueError(unknown("kind of noise", noise, (*KINDS, LOW_RANK)))
+        if factors not in KINDS:
+            raise ValueError(unknown("kind of factors", factors, KINDS))
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         self.blocks = find_blocks(model, granularity)
         params = list(dict.fromkeys(piece.param for block in self.blocks for piece in block.pieces))
         group = {"params": params, "step": 0, "seed": seed, "noise": noise}
+        if noise == LOW_RANK:
+            group |= {"rank": rank, "factors": factors}
         super().__init__([group], {"lr": lr, "eps": eps})
         self.last: StepInfo | None = None
         self._estimator = estimator
         self._scale = None if scale is None else scale(self.blocks)
-        self._perturber = Perturber(model, self.blocks)
+        self._perturber = Perturber(model, self.blocks, engine=engine, branch_batch=branch_batch)
 
     @torch.no_grad()
     def step(self, closure: Closure) -> float:  # type: ignore[override]
@@ -105,7 +120,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: Evaluates the loss of one fixed batch and returns it, a 0-d tensor; it is called several times
-                and must not call `backward`.
+                and must not call `backward`. One with a parameter `branches` may be asked for `branches=k`: it then
+                runs the model on the batch repeated k times along dim 0 and returns the k losses, (k,).
 
         Returns:
             The mean of loss_plus and loss_minus (two-point) or l_0 (one-sided). Where a loss is not finite, the
@@ -114,18 +130,20 @@ class ZOOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         found = None if self._scale is None else self._scale.scales(group)
         sigma = [1.0] * len(self.blocks) if found is None else found[1].tolist()
-        at = Draw(group["noise"], group["seed"], group["step"], self._estimator.first_branch)
-
-        def evaluate(branch: int, factor: float) -> float:
-            if factor == 0.0:
-                return self._perturber.loss(closure)
-            return self._perturber.loss(closure, replace(at, branch=branch), [factor * s for s in sigma])
-
-        losses = self._estimator.losses(evaluate, group["eps"])
+        kind = group["factors"] if group["noise"] == LOW_RANK else group["noise"]
+        rank = group["rank"] if group["noise"] == LOW_RANK else 0
+        at = Draw(kind, group["seed"], group["step"], self._estimator.first_branch, rank)
+        points = [
+            Perturbation(at.branched(branch), [factor * s for s in sigma]) if factor else None
+            for branch, factor in self._estimator.points(group["eps"])
+        ]
+        losses = tuple(self._perturber.losses(closure, points))
         coefficients = self._estimator.coefficients(losses, group["eps"])
         skipped = not all(math.isfinite(x) for x in (*losses, *coefficients))
         if not skipped and any(coefficients):
-            shift(self.blocks, at, [[-group["lr"] * c * s for c in coefficients] for s in sigma])
+            self._perturber.update(at, [[-group["lr"] * c * s for c in coefficients] for s in sigma])
+        else:
+            self._perturber.settle()
         if found is not None and not skipped:
             group["sigma_prev"] = found[0].tolist()
             group["loss_prev"] = self._estimator.pair(losses)

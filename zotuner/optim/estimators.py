@@ -1,15 +1,14 @@
 """Estimators: which losses a step asks for, and the coefficient of each perturbation that they give.
 
-Both have the same few verbs: `losses`, `coefficients`, `reported` (what `step` returns) and `pair` (what a PertNN
+Both have the same few verbs: `points`, `coefficients`, `reported` (what `step` returns) and `pair` (what a PertNN
 is told of a step).
 """
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 
-Evaluate = Callable[[int, float], float]  # (branch, factor of u) -> loss; a factor of 0 is the loss at theta itself
+Points = tuple[tuple[int, float], ...]  # (branch, factor of u) of each loss; a factor of 0 is theta itself
 
 
 @dataclass(frozen=True)
@@ -18,9 +17,9 @@ class TwoPoint:
 
     first_branch: int = 0
 
-    def losses(self, evaluate: Evaluate, eps: float) -> tuple[float, ...]:
-        """(loss_plus, loss_minus): two forwards."""
-        return evaluate(0, eps), evaluate(0, -eps)
+    def points(self, eps: float) -> Points:
+        """Of loss_plus and loss_minus: two forwards."""
+        return (0, eps), (0, -eps)
 
     def coefficients(self, losses: tuple[float, ...], eps: float) -> tuple[float, ...]:
         """(projected_grad,): the update is -lr c u."""
@@ -58,9 +57,9 @@ class OneSided:
         """u_i is noise's branch i; the update walks them from the first."""
         return 1
 
-    def losses(self, evaluate: Evaluate, eps: float) -> tuple[float, ...]:
-        """(l_0, l_1, ..., l_N): N + 1 forwards."""
-        return evaluate(0, 0.0), *(evaluate(i, eps) for i in range(1, self.num_perturbations + 1))
+    def points(self, eps: float) -> Points:
+        """Of l_0, l_1, ..., l_N: N + 1 forwards."""
+        return (0, 0.0), *((i, eps) for i in range(1, self.num_perturbations + 1))
 
     def coefficients(self, losses: tuple[float, ...], eps: float) -> tuple[float, ...]:
         """(c_1, ..., c_N): the update is -lr sum_i c_i u_i."""

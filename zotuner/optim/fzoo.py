@@ -1,5 +1,7 @@
 """FZOO: many one-sided sign perturbations a step, the step normalised by the spread of their losses."""
 
+from typing import Any
+
 from torch import nn
 
 from zotuner.optim.base import ZOOptimizer
@@ -20,9 +22,9 @@ class FZOO(ZOOptimizer):
         lr: Learning rate.
         eps: Size of a perturbation.
         num_perturbations: N, at least 2; a step costs N + 1 forwards.
-        noise: "rademacher" (the paper's) or "gaussian".
+        noise: "rademacher" (the paper's), "gaussian" or "low-rank".
         seed: Of the noise.
-        granularity: "block" or "layer": what shares a noise vector.
+        **options: `granularity`, `rank`, `factors`, `engine`, `branch_batch`: see `ZOOptimizer`.
 
     Example:
         >>> opt = FZOO(model, lr=1e-4, num_perturbations=8)
@@ -41,8 +43,7 @@ class FZOO(ZOOptimizer):
         num_perturbations: int = 8,
         noise: str = "rademacher",
         seed: int = 0,
-        *,
-        granularity: str = "block",
+        **options: Any,
     ) -> None:
         super().__init__(
             model,
@@ -51,5 +52,5 @@ class FZOO(ZOOptimizer):
             noise=noise,
             seed=seed,
             estimator=OneSided(num_perturbations),
-            granularity=granularity,
+            **options,
         )

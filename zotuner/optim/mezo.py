@@ -1,5 +1,7 @@
 """MeZO: the baseline. One two-point estimate a step, the same noise scale in every block."""
 
+from typing import Any
+
 from torch import nn
 
 from zotuner.optim.base import ZOOptimizer
@@ -15,9 +17,9 @@ class MeZO(ZOOptimizer):
         model: The module to tune.
         lr: Learning rate.
         eps: Size of a perturbation.
-        noise: "gaussian" (the paper's) or "rademacher".
+        noise: "gaussian" (the paper's), "rademacher" or "low-rank".
         seed: Of the noise.
-        granularity: "block" or "layer": what shares a noise vector.
+        **options: `granularity`, `rank`, `factors`, `engine`, `branch_batch`: see `ZOOptimizer`.
 
     Example:
         >>> opt = MeZO(model, lr=1e-6)
@@ -34,8 +36,7 @@ class MeZO(ZOOptimizer):
         eps: float = 1e-3,
         noise: str = "gaussian",
         seed: int = 0,
-        *,
-        granularity: str = "block",
+        **options: Any,
     ) -> None:
         super().__init__(
             model,
@@ -44,5 +45,5 @@ class MeZO(ZOOptimizer):
             noise=noise,
             seed=seed,
             estimator=TwoPoint(),
-            granularity=granularity,
+            **options,
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from zotuner.blocks import Block, moments
 from zotuner.optim.base import Estimator, ZOOptimizer
@@ -21,7 +22,8 @@ def features_of(blocks: Sequence[Block], loss_prev: tuple[float, float], sigma_p
         loss_prev: loss_plus and loss_minus of the step before, 0 at the first.
         sigma_prev: (n,) raw scales of the step before, 1 at the first.
     """
-    rows = [(*loss_prev, sigma, *moments(block)) for block, sigma in zip(blocks, sigma_prev, strict=True)]
+    with record_function("zotuner::statistics"):
+        rows = [(*loss_prev, sigma, *moments(block)) for block, sigma in zip(blocks, sigma_prev, strict=True)]
     return torch.tensor(rows, dtype=torch.float32)
 
 
@@ -45,7 +47,8 @@ class Learned:
         """(raw sigma, sigma~), both (n,); the step before is read from `state`."""
         sigma_prev = state.get("sigma_prev", [1.0] * len(self._blocks))
         features = features_of(self._blocks, state.get("loss_prev", (0.0, 0.0)), sigma_prev)
-        raw = self._tuner.scales(features, self._nets)
+        with record_function("zotuner::pertnn"):
+            raw = self._tuner.scales(features, self._nets)
         return raw, normalize(raw, self._numels) if self._normalized else raw.double()
 
 
@@ -62,11 +65,12 @@ class ZOFineTuner(ZOOptimizer):
         tuner: `zotuner.Tuner.from_pretrained(...)`.
         lr: Learning rate; the normalisation lets MeZO's carry over.
         eps: Size of a perturbation.
-        noise: "gaussian" (the paper's) or "rademacher".
+        noise: "gaussian" (the paper's), "rademacher" or "low-rank".
         seed: Of the noise.
         normalized: sigma~ = sigma sqrt(d / sum_j d_j sigma_j^2); without it sigma~ = sigma. None: as the
             tuner was trained.
         estimator: `TwoPoint()`, or `OneSided(N)` for FZOO's estimator with learned scales.
+        **options: `rank`, `factors`, `engine`, `branch_batch`: see `ZOOptimizer`.
 
     Raises:
         ZotunerError: The tuner was made for other blocks; names the first that differ.
@@ -91,6 +95,7 @@ class ZOFineTuner(ZOOptimizer):
         *,
         normalized: bool | None = None,
         estimator: Estimator | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
             model,
@@ -101,4 +106,5 @@ class ZOFineTuner(ZOOptimizer):
             estimator=estimator or TwoPoint(),
             scale=lambda blocks: Learned(tuner, blocks, tuner.info.normalized if normalized is None else normalized),
             granularity=tuner.granularity,
+            **options,
         )

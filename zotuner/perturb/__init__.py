@@ -1,0 +1,12 @@
+"""How L(theta + eps u) is evaluated, for one perturbation or for several in one forward.
+
+draw        z over all blocks, and the sweep theta += sum_k alpha_k z_k
+streamed    each module's forward on W + eps u, built in a scratch buffer for that call alone
+engine      `Perturber`: which losses are evaluated how
+"""
+
+from zotuner.perturb.draw import Draw, shift
+from zotuner.perturb.engine import ENGINES, Closure, Perturber
+from zotuner.perturb.streamed import Perturbation
+
+__all__ = ["ENGINES", "Closure", "Draw", "Perturbation", "Perturber", "shift"]

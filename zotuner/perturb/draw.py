@@ -1,0 +1,103 @@
+"""Where a perturbation points: one noise vector z over all blocks, of full or of low rank.
+
+full       z = what `zotuner.noise` draws, element by element
+low rank   z = A B^T / sqrt(r) in each matrix of m rows and n columns: A (m, r) and B (n, r) are drawn
+           (LOZO, arXiv:2410.07698; EGGROLL, arXiv:2511.16652); vectors, such as biases, as in the full case
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from zotuner import noise
+from zotuner.blocks import Block, pieces_of
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One noise vector z over all blocks.
+
+    Attributes:
+        kind: Distribution of z's elements, or of its factors': "gaussian" or "rademacher".
+        seed: Of the run.
+        step: The optimizer's step.
+        branch: Which of the step's perturbations.
+        rank: r of the low-rank form; 0 for noise of full rank.
+    """
+
+    kind: str
+    seed: int
+    step: int
+    branch: int = 0
+    rank: int = 0
+
+    def branched(self, branch: int) -> "Draw":
+        """The same step's perturbation of another number."""
+        return replace(self, branch=branch)
+
+    def at(self, block: int, start: int) -> dict[str, Any]:
+        """The keyword arguments of `noise.add` and `noise.dot`."""
+        coordinates = {"kind": self.kind, "seed": self.seed, "step": self.step, "branch": self.branch}
+        return {**coordinates, "block": block, "start": start}
+
+    def low_rank(self, tensor: Tensor) -> bool:
+        """Whether z has the low-rank form in a tensor: it has in matrices, and in stacks of them."""
+        return self.rank > 0 and tensor.ndim >= 2
+
+    def add(
+        self,
+        src: Tensor,
+        alphas: Sequence[float],
+        *,
+        out: Tensor,
+        block: int,
+        start: int,
+        rounding: str = "nearest",
+    ) -> None:
+        """out = src + sum_k alphas[k] z of branch `branch + k`, for a piece of a block that begins at `start`."""
+        if not self.low_rank(src):
+            noise.add(src, alphas, out=out, rounding=rounding, **self.at(block, start))
+            return
+        pairs = [self.branched(self.branch + k).factors(src.shape, block, start) for k in range(len(alphas))]
+        left = torch.cat([a * (alpha * self.rank**-0.5) for alpha, (a, _) in zip(alphas, pairs, strict=True)], dim=1)
+        right = torch.cat([b for _, b in pairs], dim=1)
+        left, right = left.to(src.device), right.to(src.device)
+        if src.dtype == torch.float32 and src.ndim == 2:
+            torch.addmm(src, left, right.t(), out=out)
+            return
+        moved = src.float() + (left @ right.t()).view(src.shape)
+        if rounding == "stochastic":
+            noise.round_to_(moved, out.dtype, seed=self.seed, step=self.step, block=block, start=start)
+        out.copy_(moved)
+
+    def rows(self, src: Tensor, rows: Tensor, alpha: float, *, block: int, start: int) -> Tensor:
+        """src[rows] + alpha z[rows], (m, width), for a matrix that is one piece."""
+        if not self.low_rank(src):
+            return noise.add_rows(src.detach(), rows, alpha, **self.at(block, start))
+        a, b = (factor.to(src) for factor in self.factors(src.shape, block, start))
+        moved: Tensor = src.detach()[rows] + (a[rows] @ b.t()) * (alpha * self.rank**-0.5)
+        return moved
+
+    def factors(self, shape: Sequence[int], block: int, start: int) -> tuple[Tensor, Tensor]:
+        """A (m, r) and B (n, r) in float32, n the last dimension and m all others; z = A B^T / sqrt(r).
+
+        A piece that begins at element s of its block takes its factors from element 2 r s on: pieces never share.
+        """
+        columns, total = shape[-1], torch.Size(shape).numel()
+        rows, base = total // columns, 2 * self.rank * start
+        coordinates = self.at(block, 0)
+        del coordinates["start"]
+        middle, stop = base + rows * self.rank, base + (rows + columns) * self.rank
+        both = noise.sample(start=base, stop=stop, **coordinates)
+        return both[: middle - base].view(rows, self.rank), both[middle - base :].view(columns, self.rank)
+
+
+def shift(blocks: Sequence[Block], draw: Draw, alphas: Sequence[Sequence[float]], rounding: str = "nearest") -> None:
+    """theta_i += sum_k alphas[i][k] z_i of branch `draw.branch + k`, in place, one sweep over the weights."""
+    with record_function("zotuner::update"):
+        for number, piece in pieces_of(blocks):
+            draw.add(piece.view, alphas[number], out=piece.view, block=number, start=piece.start, rounding=rounding)
