@@ -46,6 +46,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (config.steps, config.batch_size, config.eps, config.seed) == (200, 16, 1e-3, 0)
     assert (config.dtype, config.train_size, config.eval_size, config.dev_size) == ("float32", 1000, 1000, None)
     assert (config.overwrite, config.save_model, config.lr_schedule) == (False, False, "constant")
+    assert config.micro_batch_size is None
     meta = MetaTrainConfig.read(None, META)
     assert (meta.tasks, meta.normalized, meta.trajectory) == (("copa",), True, None)
 
@@ -147,6 +148,7 @@ def test_a_value_of_the_wrong_type_names_the_file_the_key_and_the_value(tmp_path
         ("eval_size", "0"),
         ("eval_every", "0"),
         ("eval_batch_size", "0"),
+        ("micro_batch_size", "0"),
         ("num_perturbations", "1"),
         ("max_length", "1"),
         ("max_skipped", "0"),

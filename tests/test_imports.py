@@ -14,7 +14,7 @@ LAYERS = [
     ["errors", "files", "noise", "blocks", "config", "metrics"],
     ["pertnn", "perturb", "card"],
     ["tuner", "optim", "tasks", "models", "ledger"],
-    ["objective", "evaluate", "progress"],
+    ["batch", "objective", "evaluate", "progress"],
     ["trajectory", "finetune", "meta"],
     ["report", "bench", "demo", "cli", "__main__"],
 ]

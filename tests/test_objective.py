@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.tiny import tiny_llama
+from zotuner.batch import Batch
+from zotuner.errors import ZotunerError
 from zotuner.evaluate import evaluate
-from zotuner.objective import Batch, Objective
+from zotuner.objective import Objective, shares
 from zotuner.tasks import Example, Task
 
 LOSSES = ("classification", "language-modelling")
@@ -114,6 +118,11 @@ def slow_loss(model: Any, tokenizer: Any, example: Example, loss: Kind) -> float
     return float(torch.logsumexp(torch.tensor(scores), dim=0)) - scores[example.label]
 
 
+def shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -145,15 +154,17 @@ def test_candidates_of_one_token_share_their_prompts_row(tokenizer: Any) -> None
     assert all(len(tokenizer.tokenize(text)) == 1 for example in ONE for text in example.candidates)
     batch = Objective(task_of("classification"), tokenizer).batch(ONE)
     assert batch.input_ids.shape[0] == len(ONE)
-    assert batch.row.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.places[0][batch.predictors[:, 0]].tolist() == [0, 0, 1, 1, 2, 2]
     longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in ONE)
     assert batch.input_ids.shape[1] == longest
 
 
-def test_candidates_of_several_tokens_have_a_row_each_and_equal_ones_are_computed_once(tokenizer: Any) -> None:
+def test_candidates_of_several_tokens_share_a_row_and_equal_ones_are_computed_once(tokenizer: Any) -> None:
     objective = Objective(task_of("classification"), tokenizer)
-    assert objective.batch(MANY).input_ids.shape[0] == 2 * len(MANY)
-    assert objective.batch(MANY + MANY).input_ids.shape[0] == 2 * len(MANY)
+    for batch in (objective.batch(MANY), objective.batch(MANY + MANY)):
+        assert batch.input_ids.shape[0] == len(MANY)
+        assert batch.plain is not None
+        assert batch.plain.input_ids.shape[0] == 2 * len(MANY) - 1  # " no" is one token: the other's row predicts it
 
 
 def test_language_modelling_trains_on_the_right_candidates_alone(tokenizer: Any) -> None:
@@ -167,7 +178,8 @@ def test_language_modelling_trains_on_the_right_candidates_alone(tokenizer: Any)
 
 def test_classification_trains_on_all_candidates(tokenizer: Any) -> None:
     batch = Objective(task_of("classification"), tokenizer).training_batch(MANY)
-    assert batch.input_ids.shape[0] == 2 * len(MANY)
+    assert batch.cell[0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.cell[1].tolist() == [0, 1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -290,11 +302,17 @@ def test_a_tokenizer_without_a_padding_token_serves(tokenizer: Any, model: Any) 
 
 def test_tokens_counts_what_a_forward_computes_without_padding(tokenizer: Any) -> None:
     objective = Objective(task_of("classification"), tokenizer)
-    several = [len(tokenizer(e.prompt + text)["input_ids"]) - 1 for e in MANY for text in e.candidates]
-    shared = [len(tokenizer(e.prompt)["input_ids"]) for e in ONE]
-    assert objective.batch(MANY).tokens == sum(several)
-    assert objective.batch(ONE).tokens == sum(shared)
-    assert objective.batch(MANY + ONE).tokens == sum(several) + sum(shared)
+    paths = [[tokenizer(e.prompt + text)["input_ids"][:-1] for text in e.candidates] for e in MANY]
+    several = sum(len(path) for both in paths for path in both)
+    common = sum(shared_tokens(*both) for both in paths)
+    within = sum(min(map(len, both)) for both in paths if shared_tokens(*both) == min(map(len, both)))
+    shared = sum(len(tokenizer(e.prompt)["input_ids"]) for e in ONE)
+    batch = objective.batch(MANY)
+    assert batch.plain is not None
+    assert batch.plain.tokens == several - within
+    assert batch.tokens == several - common
+    assert objective.batch(ONE).tokens == shared
+    assert objective.batch(MANY + ONE).tokens == several - common + shared
 
 
 def test_padding_stands_on_the_left_and_is_masked(tokenizer: Any) -> None:
@@ -320,7 +338,7 @@ class _Spy(torch.nn.Module):
         logits_to_keep: int = 0,
     ) -> Any:
         options = {"position_ids": position_ids, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
-        self.calls.append({"input_ids": input_ids, **options})
+        self.calls.append({"input_ids": input_ids, "attention_mask": attention_mask, **options})
         return self.inner(input_ids=input_ids, attention_mask=attention_mask, **options)
 
 
@@ -353,6 +371,255 @@ def test_a_model_that_takes_only_ids_and_mask_gives_the_same_scores(model: Any, 
     batch = objective.batch(MANY + ONE)
     bare, full = objective.scores(_Bare(model), batch), objective.scores(model, batch)
     torch.testing.assert_close(bare, full, atol=TOLERANCE, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------- several in one row
+
+
+class _Unfit(torch.nn.Module):
+    """A model that takes a mask of 4 dimensions and positions, and does not do as they say."""
+
+    def __init__(self, tokenizer: Any, fault: str) -> None:
+        super().__init__()
+        self.inner = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.5)
+        self.device, self.fault = self.inner.device, fault
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Any:
+        if attention_mask.ndim == 4 and self.fault == "refuses":
+            raise ValueError("expected a mask of 2 dimensions\nor none")
+        if attention_mask.ndim == 4 and self.fault == "deaf to masks":
+            attention_mask = attention_mask.diagonal(dim1=2, dim2=3)[:, 0] == 0
+        if self.fault == "deaf to positions":
+            position_ids = None
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+
+@torch.no_grad()
+def test_a_packed_batch_has_the_scores_of_the_plain_one(model: Any, tokenizer: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    batch, spy = objective.batch(MANY + ONE + RAGGED), _Spy(model)
+    assert batch.plain is not None
+    objective.scores(spy, batch)
+    spy.calls.clear()
+    packed, plain = objective.scores(spy, batch), objective.scores(spy, batch.plain)
+    torch.testing.assert_close(packed, plain, atol=TOLERANCE, rtol=0)
+    assert [call["attention_mask"].ndim for call in spy.calls] == [4, 2]
+    assert spy.calls[0]["input_ids"].numel() < spy.calls[1]["input_ids"].numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_rounding_of_half_precision_is_no_difference(tokenizer: Any, dtype: torch.dtype) -> None:
+    spy = _Spy(tiny_llama(vocab_size=len(tokenizer), initializer_range=0.3).to(dtype))
+    objective = Objective(task_of("classification"), tokenizer)
+    objective.scores(spy, objective.batch(MANY))
+    assert spy.calls[-1]["attention_mask"].dtype == dtype
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_each_implementation_of_attention_reads_packed_rows(tokenizer: Any, attention: str) -> None:
+    spy = _Spy(tiny_llama(vocab_size=len(tokenizer), initializer_range=0.5, attn_implementation=attention))
+    objective = Objective(task_of("classification"), tokenizer)
+    objective.scores(spy, objective.batch(MANY))
+    assert [call["attention_mask"].ndim for call in spy.calls] == [2, 4, 4]
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("fault", ["refuses", "deaf to masks", "deaf to positions"])
+@torch.no_grad()
+def test_a_model_that_cannot_read_packed_rows_gets_plain_ones_and_one_warning(
+    tokenizer: Any, fault: str, branches: int
+) -> None:
+    objective, unfit = Objective(task_of("classification"), tokenizer), _Unfit(tokenizer, fault)
+    batch = objective.batch(MANY)
+    assert batch.plain is not None
+    with pytest.warns(UserWarning, match="_Unfit cannot read several candidates in one row") as caught:
+        loss = objective.loss(unfit, batch, branches)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    assert torch.equal(loss, objective.loss(unfit, batch.plain, branches))
+    assert torch.equal(objective.scores(unfit, batch), objective.scores(unfit, batch.plain))
+    assert objective.tokens(unfit, [batch]) == batch.plain.tokens
+
+
+@torch.no_grad()
+def test_one_model_that_cannot_does_not_keep_another_from_it(tokenizer: Any, model: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    batch = objective.batch(MANY)
+    with pytest.warns(UserWarning, match="cannot read"):
+        objective.scores(_Unfit(tokenizer, "refuses"), batch)
+    objective.scores(model, batch)
+    assert objective.tokens(model, [batch]) == batch.tokens
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "window_size", "attention_chunk_size"])
+@torch.no_grad()
+def test_rows_longer_than_the_models_attention_are_plain(tokenizer: Any, name: str) -> None:
+    """A mask of 4 dimensions would stand in place of the window."""
+    inner = tiny_llama(vocab_size=len(tokenizer))
+    spy = _Spy(inner)
+    spy.config = inner.config
+    objective = Objective(task_of("classification"), tokenizer)
+    batch = objective.batch(MANY)
+    width = batch.input_ids.shape[1]
+    for window, dimensions in ((width - 1, 2), (width, 4)):
+        setattr(inner.config, name, window)
+        objective.scores(spy, batch)
+        assert spy.calls[-1]["attention_mask"].ndim == dimensions
+
+
+@torch.no_grad()
+def test_tokens_that_merge_over_the_boundary_are_predicted_from_where_they_begin(model: Any, tokenizer: Any) -> None:
+    example = Example("So they left the harbour because of th", ("e rain", "ere was no light"), 0)
+    prompt = tokenizer(example.prompt)["input_ids"]
+    texts = [example.prompt + text for text in example.candidates]
+    paths = [tokenizer(text)["input_ids"] for text in texts]
+    assert all(path[: len(prompt)] != prompt for path in paths)
+    batch = Objective(task_of("classification"), tokenizer).batch([example])
+    assert batch.plain is not None
+    assert batch.tokens == sum(len(path) - 1 for path in paths) - shared_tokens(*paths)
+    scores = Objective(task_of("classification"), tokenizer).scores(model, batch)[0].tolist()
+    for came, text, ids in zip(scores, texts, paths, strict=True):
+        ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+        first = next(i for i, end in enumerate(ends) if end > len(example.prompt))
+        log_probs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], dim=-1)
+        expected = mean([float(log_probs[at - 1, ids[at]]) for at in range(first, len(ids))])
+        assert came == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("max_length", [8, 12, 20, 26, 30, 40])
+@torch.no_grad()
+def test_truncation_keeps_in_packed_rows_what_plain_ones_keep(model: Any, tokenizer: Any, max_length: int) -> None:
+    objective = Objective(task_of("classification"), tokenizer, max_length=max_length)
+    batch = objective.batch(MANY)
+    assert batch.input_ids.shape[1] <= max_length
+    for row, example in zip(objective.scores(model, batch).tolist(), MANY[:2], strict=False):
+        if max_length >= 26:  # otherwise a candidate is longer than its row
+            assert row == pytest.approx(slow_scores(model, tokenizer, example, max_length), abs=TOLERANCE)
+    torch.testing.assert_close(
+        objective.scores(model, batch), objective.scores(model, batch.plain or batch), atol=TOLERANCE, rtol=0
+    )
+
+
+@pytest.mark.parametrize(("prompt", "candidate"), [("", " the"), ("The", "")])
+def test_a_candidate_without_tokens_or_with_none_before_it_is_an_error(
+    tokenizer: Any, prompt: str, candidate: str
+) -> None:
+    with pytest.raises(ZotunerError, match="expected a prompt and a candidate of a token or more"):
+        Objective(task_of("classification"), tokenizer).batch([Example(prompt, (candidate,), 0)])
+
+
+# ------------------------------------------------------------------------------------- branches and micro-batches
+
+
+class _Tempered(torch.nn.Module):
+    """A model whose branches differ: branch i of `branches` divides its logits by i + 1."""
+
+    def __init__(self, model: Any, branches: int) -> None:
+        super().__init__()
+        self.inner, self.device, self.branches = model, model.device, branches
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Any:
+        out = self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        parts = out.logits.chunk(self.branches)
+        out.logits = torch.cat([part / (i + 1) for i, part in enumerate(parts)])
+        return out
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@torch.no_grad()
+def test_each_branch_has_the_loss_that_it_has_alone(model: Any, tokenizer: Any, loss: Kind) -> None:
+    objective = Objective(task_of(loss), tokenizer)
+    batch = objective.training_batch(MANY + RAGGED)
+    came = objective.loss(_Tempered(model, 3), batch, branches=3)
+    assert came.dtype == torch.float32
+    assert came.shape == (3,)
+    assert len(set(came.tolist())) == 3
+    assert float(came[0]) == pytest.approx(float(objective.loss(model, batch)), abs=TOLERANCE)
+    assert objective.loss(model, batch, branches=2).tolist() == pytest.approx([float(came[0])] * 2, abs=TOLERANCE)
+
+
+@torch.no_grad()
+def test_branches_are_one_call_of_the_batch_repeated(model: Any, tokenizer: Any) -> None:
+    objective, spy = Objective(task_of("classification"), tokenizer), _Spy(model)
+    for batch in (objective.training_batch(MANY), objective.training_batch(ONE)):
+        objective.loss(spy, batch)
+        one = spy.calls[-1]
+        count = len(spy.calls)
+        objective.loss(spy, batch, branches=3)
+        assert len(spy.calls) == count + 1
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            assert torch.equal(spy.calls[-1][name], torch.cat([one[name]] * 3))
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(None, [9]), (9, [9]), (20, [9]), (4, [4, 4, 1]), (1, [1] * 9)])
+def test_micro_batches_hold_every_example_once_and_are_padded_to_their_own_longest(
+    tokenizer: Any, size: int | None, sizes: list[int]
+) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    batches = objective.training_batches(MANY + ONE + RAGGED, size)
+    assert [len(batch.labels) for batch in batches] == sizes
+    assert sum(shares(batches)) == pytest.approx(1.0)
+    widths = [batch.input_ids.shape[1] for batch in batches]
+    assert widths == sorted(widths)
+    whole = objective.training_batch(MANY + ONE + RAGGED)
+    assert Counter(x for batch in batches for x in batch.labels.tolist()) == Counter(whole.labels.tolist())
+    assert all(bool((batch.segments[:, 0] == 0).any()) for batch in batches)
+    assert len(batches) == 1 or sum(batch.input_ids.numel() for batch in batches) < whole.input_ids.numel()
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+@pytest.mark.parametrize("loss", LOSSES)
+@torch.no_grad()
+def test_micro_batches_have_the_mean_loss_of_the_whole_batch(
+    model: Any, tokenizer: Any, loss: Kind, size: int, branches: int
+) -> None:
+    objective, examples = Objective(task_of(loss), tokenizer), MANY + ONE + RAGGED
+    tempered = _Tempered(model, branches)
+    whole = objective.loss(tempered, objective.training_batch(examples), branches)
+    parts = objective.mean_loss(tempered, objective.training_batches(examples, size), branches)
+    assert parts.shape == whole.shape
+    torch.testing.assert_close(parts, whole, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_one_batch_has_its_own_mean_loss_bit_for_bit(model: Any, tokenizer: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    batches = objective.training_batches(MANY)
+    assert torch.equal(objective.mean_loss(model, batches), objective.loss(model, batches[0]))
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluations_of_a_run_tokenise_each_candidate_once(model: Any, tokenizer: Any) -> None:
+    calls: list[str] = []
+
+    class Counting:
+        pad_token_id = tokenizer.pad_token_id
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            calls.append(text)
+            return tokenizer(text, **options)
+
+    objective, examples = Objective(task_of("classification"), Counting()), MANY + ONE + RAGGED
+    for _ in range(2):
+        evaluate(model, objective, examples, 4)
+        objective.training_batches(examples, 2)
+    assert sorted(calls) == sorted({example.prompt + text for example in examples for text in example.candidates})
+
+
+@torch.no_grad()
+def test_evaluation_goes_by_tokens_not_by_characters(model: Any, tokenizer: Any) -> None:
+    few = Example("somebody somebody somebody It was", (" the", " and"), 0)
+    many = Example("🌧🌧🌧🌧🌧🌧 It was", (" the", " and"), 0)
+    objective, spy = Objective(task_of("classification"), tokenizer), _Spy(model)
+    assert len(few.prompt) > len(many.prompt)
+    assert objective.length(few) < objective.length(many)
+    evaluate(spy, objective, [many, few], 1)
+    assert [call["input_ids"].shape[1] for call in spy.calls] == [objective.length(few), objective.length(many)]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -75,6 +75,7 @@ class FinetuneConfig(Config):
     tuner: str | None = Field(None, description="folder or Hub id of a tuner, for zo-finetuner")
     lr: float | None = Field(None, gt=0, allow_inf_nan=False, description=f"learning rate; by method: {DEFAULT_LR}")
     lr_schedule: Literal["constant", "linear"] = Field("constant", description="linear: to 0 over the run")
+    micro_batch_size: int | None = Field(None, ge=1, description="examples a forward at most; default: the whole batch")
     num_perturbations: int = Field(8, ge=2, description="N of FZOO; a step costs N + 1 forwards")
     noise: NOISE | None = Field(None, description="gaussian, or rademacher (fzoo's default)")
     dev_size: int | None = Field(None, ge=1, description="development examples; the task's own number by default")

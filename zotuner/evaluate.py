@@ -31,7 +31,7 @@ def evaluate(
         `loss`: the mean of the task's training loss; `accuracy`: the share of examples whose right candidate scores
         highest.
     """
-    ordered = sorted(examples, key=lambda e: len(e.prompt) + max(map(len, e.candidates)))
+    ordered = sorted(examples, key=objective.length)
     loss = correct = 0.0
     for start in range(0, len(ordered), batch_size):
         part = ordered[start : start + batch_size]

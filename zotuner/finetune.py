@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zotuner import noise
+from zotuner.batch import Batch
 from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.evaluate import evaluate
@@ -21,7 +23,7 @@ from zotuner.files import check_out, claim_out
 from zotuner.ledger import Ledger
 from zotuner.metrics import MetricsLog, write_json
 from zotuner.models import keep_weights, load_model, restore_weights, save_model, weights_sha256
-from zotuner.objective import Batch, Objective
+from zotuner.objective import Objective, shares
 from zotuner.optim import FZOO, MeZO, ZOFineTuner, ZOOptimizer
 from zotuner.progress import Bar, Display, peak_rss_bytes
 from zotuner.tasks import Example, Splits, batches, get_task
@@ -60,10 +62,14 @@ class ZOStepper:
         self._model = model
 
     @torch.no_grad()
-    def __call__(self, objective: Objective, batch: Batch) -> Taken:
-        """One step on one batch."""
+    def __call__(self, objective: Objective, batches: Sequence[Batch]) -> Taken:
+        """One step on the examples of all batches together."""
         lr = float(self.optimizer.param_groups[0]["lr"])
-        loss = self.optimizer.step(lambda: objective.loss(self._model, batch))
+
+        def closure(branches: int = 1) -> Tensor:
+            return objective.mean_loss(self._model, batches, branches)
+
+        loss = self.optimizer.step(closure)
         info = self.optimizer.last
         assert info is not None
         return Taken(loss, lr, info.forwards, info.coefficients, info.losses, info.skipped)
@@ -77,15 +83,17 @@ class AdamStepper:
         self.optimizer = first_order("adam", model, config.lr)
         self._model = model
 
-    def __call__(self, objective: Objective, batch: Batch) -> Taken:
-        """One step on one batch."""
+    def __call__(self, objective: Objective, batches: Sequence[Batch]) -> Taken:
+        """One step on the examples of all batches together."""
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
-        loss = objective.loss(self._model, batch)
-        value = float(loss.detach())
+        value = 0.0
+        for batch, share in zip(batches, shares(batches), strict=True):
+            loss = share * objective.loss(self._model, batch)
+            value += float(loss.detach())
+            loss.backward()
         finite = math.isfinite(value)
         if finite:
-            loss.backward()
             self.optimizer.step()
         return Taken(value, lr, 1, (), (value,), not finite)
 
@@ -208,7 +216,7 @@ def _train(
     with MetricsLog(config.out / "metrics.jsonl") as metrics, _Recorder(config, setup) as record:
         dev = _Dev(config, setup, totals, display)
         for examples in islice(batches(setup.splits.train, config.batch_size, config.seed), config.steps):
-            taken = _one(setup, stepper, examples, totals, metrics)
+            taken = _one(config, setup, stepper, examples, totals, metrics)
             record(totals.steps - 1, taken)
             if schedule is not None:
                 schedule.step()
@@ -248,14 +256,21 @@ class _Dev:
         return came
 
 
-def _one(setup: Setup, stepper: Stepper, examples: Sequence[Example], totals: Progressed, metrics: MetricsLog) -> Taken:
+def _one(
+    config: FinetuneConfig,
+    setup: Setup,
+    stepper: Stepper,
+    examples: Sequence[Example],
+    totals: Progressed,
+    metrics: MetricsLog,
+) -> Taken:
     """One step and its row of metrics; only the step itself is timed."""
     started = time.perf_counter()
-    batch = setup.objective.training_batch(examples)
-    taken = stepper(setup.objective, batch)
+    micro_batches = setup.objective.training_batches(examples, config.micro_batch_size)
+    taken = stepper(setup.objective, micro_batches)
     totals.seconds += time.perf_counter() - started
     totals.forwards += taken.forwards
-    totals.tokens += taken.forwards * batch.tokens
+    totals.tokens += taken.forwards * setup.objective.tokens(setup.model, micro_batches)
     metrics.write(
         step=totals.steps,
         forwards=totals.forwards,
