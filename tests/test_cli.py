@@ -173,6 +173,20 @@ def test_metrics_count_forwards_tokens_and_seconds_up(runs: dict[str, Path], met
     assert {len(row["coefficients"]) for row in rows} == {coefficients}
 
 
+@pytest.mark.parametrize("method", ["mezo", "adam"])
+def test_micro_batches_leave_losses_forwards_and_tokens_as_they_are(
+    model_dir: Path, tmp_path: Path, method: str
+) -> None:
+    rows = {}
+    for size in (None, 1):
+        options = quick(model_dir, tmp_path / str(size), method=method, batch_size=3, micro_batch_size=size)
+        assert call("finetune", *argv_of(options)) == 0
+        rows[size] = read_rows(tmp_path / str(size) / "metrics.jsonl")
+    assert [row["loss"] for row in rows[1]] == pytest.approx([row["loss"] for row in rows[None]], abs=1e-4)
+    for key in ("forwards", "tokens"):
+        assert [row[key] for row in rows[1]] == [row[key] for row in rows[None]]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_summary_has_the_documented_keys(runs: dict[str, Path], model_dir: Path, method: str) -> None:
     summary = summary_of(runs[method])

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from pydantic.fields import FieldInfo
 from rich_argparse import RichHelpFormatter
 
-from zotuner.config import Config, FinetuneConfig, MetaTrainConfig
+from zotuner.config import DTYPE, Config, FinetuneConfig, MetaTrainConfig
 from zotuner.errors import ZotunerError
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -60,14 +60,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for the runs (%(default)s)")
     demo.add_argument("--tuner", type=Path, default=Path("tuners/smollm2-135m-instruct"), help="(%(default)s)")
     demo.add_argument("--forwards", type=_count, default=54, help="forward passes a method (%(default)s)")
-    bench = add("bench", _bench, "measure what a step of each method costs")
-    bench.add_argument("--model", default="smollm2-135m-instruct", help="(%(default)s)")
-    bench.add_argument("--batch-size", type=_count, default=16, help="sequences (%(default)s)")
-    bench.add_argument("--length", type=_count, default=40, help="tokens a sequence (%(default)s)")
-    bench.add_argument("--rounds", type=_count, default=7, help="measurements of each (%(default)s)")
-    bench.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    _add_bench_options(add("bench", _bench, "measure what a step of each method costs"))
     add("tasks", _tasks, "list the tasks")
     return parser
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="also random:0.5b, random:1.1b (%(default)s)")
+    parser.add_argument("--batch-size", type=_count, default=16, help="sequences (%(default)s)")
+    parser.add_argument("--length", type=_count, default=40, help="tokens a sequence (%(default)s)")
+    parser.add_argument("--logits", choices=["all", "last"], default="all", help="positions of the loss (%(default)s)")
+    parser.add_argument("--dtype", choices=get_args(DTYPE), default="float32", help="of the weights (%(default)s)")
+    parser.add_argument("--rounds", type=_count, default=7, help="measurements of each (%(default)s)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows, such as 'mezo gaussian' (all)")
+    drift = "measure instead how far so many steps with lr = 0 move the weights"
+    parser.add_argument("--drift", type=_count, dest="drift_steps", metavar="STEPS", help=drift)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--plot", type=Path, dest="plot_to", metavar="FILE", help="write them as PNG")
 
 
 def _count(text: str) -> int:
@@ -163,12 +172,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would say on each use that it starts and stops
     _quiet()
     from zotuner.bench import bench
     from zotuner.progress import Display
 
-    options = {name: getattr(arguments, name) for name in ("batch_size", "length", "rounds", "out")}
-    bench(arguments.model, display=Display(), **options)
+    options = {name: value for name, value in vars(arguments).items() if name != "run"}
+    bench(display=Display(), **options)
 
 
 def _tasks(arguments: argparse.Namespace) -> None:
