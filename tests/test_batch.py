@@ -120,3 +120,13 @@ def test_tokens_are_those_of_the_rows_without_padding() -> None:
     assert batch.tokens == 6 + 3
     assert batch.plain is not None
     assert batch.plain.tokens == 5 + 4 + 3
+
+
+@pytest.mark.parametrize(("longest", "length"), [(1, 32), (32, 32), (33, 64), (65, 128), (200, 256)])
+def test_static_batches_have_one_of_a_few_lengths(longest: int, length: int) -> None:
+    candidates = candidates_of((tuple(range(longest)),), ((1,),))
+    batch = collate(candidates, [0, 0], max_length=1000, pad=0, static=True)
+    free = collate(candidates, [0, 0], max_length=1000, pad=0)
+    assert batch.input_ids.shape[1] == length
+    assert batch.tokens == free.tokens
+    assert torch.equal(batch.places[1], free.places[1])  # counted from the end, where nothing has moved

@@ -25,7 +25,7 @@ from zotuner.cli import main
 from zotuner.errors import ZotunerError
 
 COLUMNS = {
-    *("seconds", "forwards", "per_own_forwards", "per_official_step", "official_step_per_step", "per_mezo_step"),
+    *("seconds", "forwards", "per_own_forwards", "per_official_step", "official_step_per_step", "per_base_step"),
     *("tokens_per_second", "peak_bytes", "forward_peak_bytes", "peak_per_forward", "shares", "rounds"),
 }
 LINUX = sys.platform.startswith("linux")
@@ -93,7 +93,7 @@ def test_every_zeroth_order_row_has_the_figures_that_the_others_lack(result: dic
         assert figures["per_own_forwards"] > 0
         assert (figures["per_official_step"] is not None) == (row.official is not None)
         assert (figures["official_step_per_step"] is not None) == (row.official is not None)
-        assert (figures["per_mezo_step"] is not None) == (row.mezo is not None)
+        assert (figures["per_base_step"] is not None) == (row.base is not None)
         assert (figures["shares"] is not None) == row.walks
         assert len(figures["rounds"]["seconds"]) == len(figures["rounds"]["forward_seconds"]) == 2
 
@@ -161,7 +161,7 @@ def test_chosen_methods_come_with_the_forward_alone(
     assert main(["bench", "--model", str(model_dir), *options, "--methods", "adamw", "zo-finetuner gaussian"]) == 0
     result = json.loads(out.read_text())
     assert list(result["entries"]) == ["forward", "zo-finetuner gaussian", "adamw"]
-    assert result["entries"]["zo-finetuner gaussian"]["per_mezo_step"] is None
+    assert result["entries"]["zo-finetuner gaussian"]["per_base_step"] is None
     assert (result["dtype"], result["logits"]) == ("bfloat16", "last")
     shown = capsys.readouterr().out
     assert "adamw" in shown
@@ -272,7 +272,7 @@ def test_ratios_are_medians_of_the_rounds_own() -> None:
     assert found["mezo gaussian"]["per_own_forwards"] == 1.5
     assert found["mezo gaussian"]["official_step_per_step"] == 3.0
     assert found["mezo gaussian"]["per_official_step"] == pytest.approx(1 / 3)
-    assert found["zo-finetuner gaussian"]["per_mezo_step"] == pytest.approx(1.1)
+    assert found["zo-finetuner gaussian"]["per_base_step"] == pytest.approx(1.1)
     assert found["zo-finetuner gaussian"]["seconds"] == 6.6
     assert found["official mezo"]["per_official_step"] is None
     assert found["official mezo"]["tokens_per_second"] == pytest.approx(20 / 12)
@@ -427,3 +427,21 @@ def test_without_the_repository_official_rows_are_left_out_and_a_line_says_so(
     assert left == [row.name for row in ROWS if not row.name.startswith("official")]
     assert len(said) == 1
     assert said[0].startswith("left out: official mezo, official fzoo")
+
+
+def test_on_a_task_the_ways_to_one_step_see_the_same_losses(model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "task.json"
+    flags = ["--task", "demo-sentiment", "--batch-size", "4", "--rounds", "2", "--out", str(out)]
+    assert main(["bench", "--model", str(model_dir), *flags]) == 0
+    entries = json.loads(out.read_text())["entries"]
+    assert list(entries) == ["candidates share rows", "a sequence a candidate", "products in bfloat16"]
+    shared, separate, half = (row["rounds"]["differences"] for row in entries.values())
+    assert separate == pytest.approx(shared, rel=1e-2, abs=1e-6)
+    assert half == pytest.approx(shared, rel=0.2, abs=1e-5)
+    assert entries["candidates share rows"]["per_shared"] == 1
+    assert 0 < entries["products in bfloat16"]["difference_error"] < 0.2
+
+
+def test_an_unknown_task_is_one_line(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--model", str(model_dir), "--task", "sst3"]) == 2
+    assert "unknown task 'sst3'; did you mean 'sst2'?" in capsys.readouterr().err

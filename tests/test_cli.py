@@ -402,7 +402,7 @@ BAD: dict[str, tuple[Options, str]] = {
     "a flag without its value": ({"lr": True}, "argument --lr: expected one argument"),
     "no task": ({"task": None}, "--task is required"),
     "wrong type": ({"steps": "many"}, "--steps: input should be a valid integer"),
-    "unknown noise": ({"noise": "pink"}, "--noise: input should be 'gaussian' or 'rademacher', got 'pink'"),
+    "unknown noise": ({"noise": "pink"}, "--noise: input should be 'gaussian', 'rademacher' or 'low-rank', got 'pink'"),
     "unknown dtype": ({"dtype": "float8"}, "--dtype: "),
     "lr of 0": ({"lr": "0"}, "--lr: input should be greater than 0"),
     "negative lr": ({"lr": "-0.1"}, "--lr: input should be greater than 0"),

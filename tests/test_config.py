@@ -13,6 +13,7 @@ from zotuner.config import DEFAULT_LR, METHODS, Config, FinetuneConfig, MetaTrai
 from zotuner.errors import ZotunerError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+REQUIRED = {"model": "m", "task": "t", "method": "mezo", "out": "o"}
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 KINDS: dict[str, type[Config]] = {"meta": MetaTrainConfig, "finetune": FinetuneConfig}
 
@@ -281,3 +282,21 @@ def test_a_shipped_config_loads(file: Path) -> None:
 
 def test_there_is_a_shipped_config() -> None:
     assert SHIPPED
+
+
+def test_compiled_code_walks_in_place() -> None:
+    assert FinetuneConfig.read(None, {**REQUIRED, "compile": True}).engine == "in-place"
+    with pytest.raises(ZotunerError, match="--compile needs --engine in-place"):
+        FinetuneConfig.read(None, {**REQUIRED, "compile": True, "engine": "streamed"})
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_branch_batch_is_auto_or_a_number(value: str) -> None:
+    assert FinetuneConfig.read(None, {**REQUIRED, "branch_batch": "4"}).branch_batch == 4
+    with pytest.raises(ZotunerError, match="--branch-batch: "):
+        FinetuneConfig.read(None, {**REQUIRED, "branch_batch": value})
+
+
+def test_meta_training_knows_no_low_rank_noise() -> None:
+    with pytest.raises(ZotunerError, match="--noise: "):
+        MetaTrainConfig.read(None, {"model": "m", "out": "o", "noise": "low-rank"})

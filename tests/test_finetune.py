@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import tiny_llama
 from zotuner.config import FinetuneConfig
 from zotuner.finetune import AdamStepper, Stepper, Taken, ZOStepper
 from zotuner.objective import Objective

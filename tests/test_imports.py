@@ -12,7 +12,7 @@ PACKAGE = Path(zotuner.__file__).parent
 # A module may import from layers below its own, and within its layer from those named before it.
 LAYERS = [
     ["errors", "files", "noise", "blocks", "config", "metrics"],
-    ["pertnn", "perturb", "card"],
+    ["quantized", "pertnn", "perturb", "card"],
     ["tuner", "optim", "tasks", "models", "ledger"],
     ["batch", "objective", "evaluate", "progress"],
     ["trajectory", "finetune", "meta"],

@@ -13,7 +13,15 @@ from hub_server import HubServer, hub_env
 from tiny import tiny_llama
 
 from zotuner.errors import ZotunerError
-from zotuner.models import keep_weights, load_model, restore_weights, save_model, weights_sha256
+from zotuner.models import (
+    compile_layers,
+    compute_dtype,
+    keep_weights,
+    load_model,
+    restore_weights,
+    save_model,
+    weights_sha256,
+)
 
 ROOT = Path(__file__).parents[1]
 REAL = "smollm2-135m-instruct"
@@ -143,3 +151,23 @@ def test_the_shipped_tuner_fits_the_real_model() -> None:
     assert opt.last is not None
     assert opt.last.scales is not None
     assert float(opt.last.scales.std()) > 0.01
+
+
+def test_layers_are_compiled_for_static_shapes_and_served_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[str, Any]] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compiled.append((type(self).__name__, options))
+    )
+    compile_layers(tiny_llama(num_hidden_layers=3))
+    assert compiled == [("LlamaDecoderLayer", {"dynamic": False})] * 3
+    with pytest.raises(ZotunerError, match="--compile: Linear has no list of layers"):
+        compile_layers(torch.nn.Linear(2, 2))
+
+
+def test_products_are_in_bfloat16_only_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert compute_dtype(cpu) is None
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert compute_dtype(cpu) is torch.bfloat16

@@ -469,6 +469,41 @@ def test_add_takes_parameters_that_require_grad(dtype: torch.dtype) -> None:
     assert isinstance(noise.dot(param, kind="gaussian", **AT), float)
 
 
+ROWS = [5, 0, 5, 39, 2, 2, 38]  # repeated and unsorted
+
+
+@pytest.mark.parametrize("kind", noise.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("width", [1, 33, 700])
+def test_add_rows_equals_rows_of_the_whole_bit_for_bit(width: int, dtype: torch.dtype, kind: str) -> None:
+    wide = ramp(40, width + 3, dtype=dtype)
+    for src in (wide[:, :width].contiguous(), wide[:, 3:]):
+        for start in (0, 1000, GRAIN - 3):
+            whole = noise.add(src, 0.3, out=torch.empty_like(src), kind=kind, start=start, **AT)
+            for rows in (torch.tensor(ROWS), torch.arange(40)[::3], torch.tensor([], dtype=torch.int64)):
+                found = noise.add_rows(src, rows, 0.3, kind=kind, start=start, **AT)
+                assert same_bits(found, whole[rows])
+    assert same_bits(wide, ramp(40, width + 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", noise.KINDS)
+def test_add_rows_is_the_same_on_all_threads(kind: str, torch_threads: Callable[[int], None]) -> None:
+    src, rows, found = ramp(600, 500), torch.arange(600).flip(0), []
+    assert src.numel() > GRAIN
+    for threads in (1, 2):
+        torch_threads(threads)
+        found.append(noise.add_rows(src, rows, 0.3, kind=kind, **AT))
+    assert same_bits(*found)
+    assert same_bits(found[0], noise.add(src, 0.3, out=torch.empty_like(src), kind=kind, **AT).flip(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [-1, 40])
+def test_a_row_that_is_not_there_is_refused(wrong: int, dtype: torch.dtype) -> None:
+    with pytest.raises(IndexError, match=r"rows must lie in \[0, 40\), got"):
+        noise.add_rows(ramp(40, 8, dtype=dtype), torch.tensor([3, wrong]), 0.3, kind="rademacher", **AT)
+
+
 @pytest.mark.parametrize("kind", noise.KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dot_is_the_float64_sum_of_float32_products(layout: str, kind: str) -> None:
@@ -548,3 +583,11 @@ def test_more_branches_than_there_are_numbers_are_refused(dtype: torch.dtype) ->
 def test_shapes_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match=r"src's shape \(2, 3\), got \(3, 2\)"):
         noise.add(torch.ones(2, 3), 0.5, out=torch.ones(3, 2), kind="gaussian", **AT)
+
+
+@pytest.mark.parametrize("pair", [cpu._SAMPLE, cpu._ADD, cpu._ADD_ROWS, cpu._DOT, cpu._ROUND])
+def test_the_cache_on_disk_does_not_take_a_kernel_for_all_threads_for_that_of_one(pair: tuple[Any, Any]) -> None:
+    one, all_threads = pair
+    assert all_threads.targetoptions["parallel"]
+    assert not one.targetoptions.get("parallel")
+    assert one._cache._cache_file._index_name != all_threads._cache._cache_file._index_name

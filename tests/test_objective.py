@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from tiny import tiny_llama
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.tiny import tiny_llama
 from zotuner.batch import Batch
 from zotuner.errors import ZotunerError
 from zotuner.evaluate import evaluate

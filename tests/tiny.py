@@ -51,3 +51,59 @@ def tiny_neox(seed: int = 0, **overrides: Any) -> nn.Module:
     more = {"num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
     config = GPTNeoXConfig(**{**SIZES, **more, **overrides})
     return seeded(lambda: GPTNeoXForCausalLM(config).eval(), seed)
+
+
+def tiny_opt(seed: int = 0, **overrides: Any) -> nn.Module:
+    """An OPT of 2 layers, 4 heads, hidden size 16: biases, learned positions, a tied output embedding."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "vocab_size": 64, "num_attention_heads": 4}
+    more = {"word_embed_proj_dim": 16, "max_position_embeddings": 128}
+    config = OPTConfig(**{**sizes, **more, **overrides})
+    return seeded(lambda: OPTForCausalLM(config).eval(), seed)
+
+
+def tiny_qwen2(seed: int = 0, **overrides: Any) -> nn.Module:
+    """A Qwen2 of 2 layers, 4 heads over 2 key-value heads, hidden size 16: q, k and v have biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = Qwen2Config(**{**SIZES, **heads, **overrides})
+    return seeded(lambda: Qwen2ForCausalLM(config).eval(), seed)
+
+
+def tiny_phi(seed: int = 0, **overrides: Any) -> nn.Module:
+    """A Phi of 2 layers, 4 heads, hidden size 16: attention and feed-forward side by side, a head with a bias."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    more = {"num_attention_heads": 4, "max_position_embeddings": 128}
+    config = PhiConfig(**{**SIZES, **more, "bos_token_id": 1, "eos_token_id": 2, **overrides})
+    return seeded(lambda: PhiForCausalLM(config).eval(), seed)
+
+
+def tiny_roberta(seed: int = 0, **overrides: Any) -> nn.Module:
+    """A masked RoBERTa of 2 layers, 4 heads, hidden size 16: its head's decoder and bias are tied."""
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    more = {"num_attention_heads": 4, "max_position_embeddings": 128}
+    config = RobertaConfig(**{**SIZES, **more, **overrides})
+    return seeded(lambda: RobertaForMaskedLM(config).eval(), seed)
+
+
+def tiny_mixtral(seed: int = 0, **overrides: Any) -> nn.Module:
+    """A Mixtral of 2 layers, hidden size 16: the weights of 4 experts are stacked in one tensor."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = MixtralConfig(**{**SIZES, **heads, **experts, **overrides})
+    return seeded(lambda: MixtralForCausalLM(config).eval(), seed)
+
+
+def tiny_mamba(seed: int = 0, **overrides: Any) -> nn.Module:
+    """A Mamba of 2 layers, hidden size 16: the mixer reads the weights of its convolution and of `dt_proj` itself."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 64, "time_step_rank": 4}
+    config = MambaConfig(**{**sizes, **overrides})
+    return seeded(lambda: MambaForCausalLM(config).eval(), seed)

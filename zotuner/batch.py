@@ -5,6 +5,7 @@
 A remainder sees the prefix and itself, and its positions go on from the prefix, as if the others were not there.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 Ids = tuple[int, ...]
+STATIC = 32  # tokens: the shortest of the lengths that static batches have; each is twice the one before
 PADDING = -1  # the segment of what is no token; 0 is the prefix, i the i-th remainder
 
 
@@ -94,7 +96,9 @@ class Batch:
         return ((seen == 0) | (seen == seeing)).tril()
 
 
-def collate(candidates: Sequence[Candidate], labels: Sequence[int], *, max_length: int, pad: int) -> Batch:
+def collate(
+    candidates: Sequence[Candidate], labels: Sequence[int], *, max_length: int, pad: int, static: bool = False
+) -> Batch:
     """The batch of some examples; rows are packed where that leaves less to compute, padding included.
 
     Args:
@@ -102,8 +106,9 @@ def collate(candidates: Sequence[Candidate], labels: Sequence[int], *, max_lengt
         labels: The right candidate of each example.
         max_length: Tokens that a packed row may have.
         pad: The token of the padding.
+        static: Pad to a length of 32, 64, 128, ... tokens.
     """
-    packed, plain = (_collate(candidates, labels, limit, pad) for limit in (max_length, 0))
+    packed, plain = (_collate(candidates, labels, limit, pad, static) for limit in (max_length, 0))
     return replace(packed, plain=plain) if packed.input_ids.numel() < plain.input_ids.numel() else plain
 
 
@@ -136,7 +141,7 @@ def _common(paths: Sequence[Ids]) -> int:
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, paths)))
 
 
-def _collate(candidates: Sequence[Candidate], labels: Sequence[int], limit: int, pad: int) -> Batch:
+def _collate(candidates: Sequence[Candidate], labels: Sequence[int], limit: int, pad: int, static: bool) -> Batch:
     by_example: dict[int, list[Ids]] = {}
     for one in candidates:
         by_example.setdefault(one.example, []).append(one.path)
@@ -150,10 +155,12 @@ def _collate(candidates: Sequence[Candidate], labels: Sequence[int], limit: int,
         columns = row.columns(one.path)[-len(one.target) :]
         predictors.append([places.setdefault((number, column), len(places)) for column in columns])
     row_of, column_of = zip(*places, strict=True)
+    longest = max(len(row.ids) for row in rows)
+    width = STATIC << max(0, math.ceil(math.log2(longest / STATIC))) if static else longest
     return Batch(
-        input_ids=_left_padded([row.ids for row in rows], pad),
-        segments=_left_padded([row.segments for row in rows], PADDING),
-        position_ids=_left_padded([row.positions for row in rows], 0),
+        input_ids=_left_padded([row.ids for row in rows], pad, width),
+        segments=_left_padded([row.segments for row in rows], PADDING, width),
+        position_ids=_left_padded([row.positions for row in rows], 0, width),
         places=(torch.tensor(row_of), torch.tensor(column_of)),
         predictors=_left_padded(predictors, 0),
         targets=_left_padded([one.target for one in candidates], 0),
@@ -163,7 +170,7 @@ def _collate(candidates: Sequence[Candidate], labels: Sequence[int], limit: int,
     )
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """(rows, longest) int64."""
-    width = max(map(len, rows))
+def _left_padded(rows: Sequence[Sequence[int]], pad: int, width: int = 0) -> Tensor:
+    """(rows, longest or width) int64."""
+    width = max(width, *map(len, rows))
     return torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])

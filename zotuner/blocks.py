@@ -6,6 +6,7 @@ A block is a parameter tensor; at granularity "layer" it is all the tensors of o
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,40 @@ WRAPPERS = re.compile(
     r"|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
     r"|(?<=\.)(?:base_layer|modules_to_save\.default)\."
 )
+
+
+class StoredMatrix(nn.Module):
+    """A matrix that a module keeps, as a child, in another form than a parameter of floats.
+
+    It counts as one of its module's weights, before the module's parameters; `zotuner.quantized` has the one there is.
+
+    Args:
+        shape: (rows, width).
+        requires_grad: Whether it is tuned, as for a parameter.
+    """
+
+    dtype = torch.float32  # that it is read in
+    ndim = 2
+
+    def __init__(self, shape: torch.Size, requires_grad: bool) -> None:
+        super().__init__()
+        self.shape, self.requires_grad = shape, requires_grad
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shape.numel()
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+
+    @abstractmethod
+    def piece(self, index: tuple[slice, ...], start: int) -> "Piece":
+        """The part `index` of it as a piece of a block that begins at element `start` there."""
+
+
+Weight = nn.Parameter | StoredMatrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +87,24 @@ class Piece:
         """The part itself, without its autograd history."""
         return self.of(self.param.detach())
 
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.view.numel()
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What a torch optimizer is told of."""
+        return (self.param,)
+
+    def parts(self) -> Iterator[Tensor]:
+        """The elements, for reading, in as many tensors as memory asks for."""
+        yield self.view
+
+    def move(self, draw: Any, alphas: Sequence[float], block: int, rounding: str) -> None:
+        """Adds sum_k alphas[k] z_k of a `zotuner.perturb.Draw`, in place; see its `add`."""
+        draw.add(self.view, alphas, out=self.view, block=block, start=self.start, rounding=rounding)
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -70,7 +123,7 @@ class Block:
 
     @property
     def params(self) -> tuple[Tensor, ...]:
-        """The block's tensors: views into the model's parameters."""
+        """The block's tensors: views into the model's parameters; of quantised ones, copies in float32."""
         return tuple(piece.view for piece in self.pieces)
 
 
@@ -83,6 +136,37 @@ def base_name(name: str) -> str:
     while (inner := WRAPPERS.sub("", name)) != name:
         name = inner
     return name
+
+
+def weights_of(module: nn.Module) -> dict[str, Weight]:
+    """A module's own weights: stored matrices, then parameters."""
+    stored: dict[str, Weight] = {name: m for name, m in module._modules.items() if isinstance(m, StoredMatrix)}
+    return stored | {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
+    """All weights, each once, in the order of `named_parameters`, which knows no stored matrices."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, weight in weights_of(module).items():
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                yield f"{prefix}.{name}".lstrip("."), weight
+
+
+def weight_tensors(model: nn.Module, *, trainable: bool = False) -> dict[str, Tensor]:
+    """What the weights consist of: parameters, and the codes and scales of quantised ones, by name.
+
+    Args:
+        model: Any module.
+        trainable: Leave out what is frozen.
+    """
+    found: dict[str, Tensor] = {}
+    for name, weight in named_weights(model):
+        if weight.requires_grad or not trainable:
+            own = {name: weight} if isinstance(weight, nn.Parameter) else dict(weight.named_buffers(name))
+            found |= {key: tensor.detach() for key, tensor in own.items()}
+    return found
 
 
 def find_blocks(model: nn.Module, granularity: str = "block") -> tuple[Block, ...]:
@@ -99,8 +183,8 @@ def find_blocks(model: nn.Module, granularity: str = "block") -> tuple[Block, ..
     if granularity not in GRANULARITIES:
         raise ValueError(unknown("granularity", granularity, GRANULARITIES))
     layers = _layer_names(model) if granularity == "layer" else {}
-    groups: dict[str, list[tuple[nn.Parameter, tuple[slice, ...]]]] = {}
-    for name, param in model.named_parameters():
+    groups: dict[str, list[tuple[Weight, tuple[slice, ...]]]] = {}
+    for name, param in named_weights(model):
         if not param.requires_grad:
             continue
         cuts = {"": ()} if granularity == "layer" else _cuts(model, name, param)
@@ -111,11 +195,12 @@ def find_blocks(model: nn.Module, granularity: str = "block") -> tuple[Block, ..
     return tuple(_block(name, parts) for name, parts in groups.items())
 
 
-def _block(name: str, parts: list[tuple[nn.Parameter, tuple[slice, ...]]]) -> Block:
-    pieces, numel = [], 0
+def _block(name: str, parts: list[tuple[Weight, tuple[slice, ...]]]) -> Block:
+    pieces: list[Piece] = []
+    numel = 0
     for param, index in parts:
-        pieces.append(Piece(param, index, numel))
-        numel += pieces[-1].view.numel()
+        pieces.append(Piece(param, index, numel) if isinstance(param, nn.Parameter) else param.piece(index, numel))
+        numel += pieces[-1].numel
     return Block(name, tuple(pieces), numel)
 
 
@@ -125,12 +210,12 @@ def _layer_names(model: nn.Module) -> dict[str, str]:
     for prefix, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             for child, layer in module.named_children():
-                for name, _ in layer.named_parameters():
+                for name, _ in named_weights(layer):
                     found.setdefault(f"{prefix}.{child}.{name}".lstrip("."), base_name(f"{prefix}.{child}".lstrip(".")))
     return found
 
 
-def _cuts(model: nn.Module, name: str, param: nn.Parameter) -> dict[str, tuple[slice, ...]]:
+def _cuts(model: nn.Module, name: str, param: Weight) -> dict[str, tuple[slice, ...]]:
     """How a parameter is cut: from the suffix of the block's name to the index of the part."""
     owner_name, _, kind = name.rpartition(".")
     parts = [part for part in owner_name.split(".") if part != "base_layer"]
@@ -170,7 +255,7 @@ def _qkv_sizes(config: Any, kind: str) -> tuple[int, int, int] | None:
 def moments(block: Block) -> tuple[float, float]:
     """Mean and unbiased variance over a block's elements; one element has variance 0."""
     total = square = 0.0
-    for tensor in block.params:
+    for tensor in (part for piece in block.pieces for part in piece.parts()):
         mean, variance = _mean_and_variance(tensor)
         total += mean * tensor.numel()
         square += (variance + mean**2) * tensor.numel()

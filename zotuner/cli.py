@@ -75,6 +75,10 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows, such as 'mezo gaussian' (all)")
     drift = "measure instead how far so many steps with lr = 0 move the weights"
     parser.add_argument("--drift", type=_count, dest="drift_steps", metavar="STEPS", help=drift)
+    parser.add_argument(
+        "--task", help="measure instead a MeZO step on real examples, such as sst2, and what saves time"
+    )
+    parser.add_argument("--data-dir", type=Path, metavar="D", help="read D/<task>/{train,validation,test}.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, dest="plot_to", metavar="FILE", help="write them as PNG")
 
@@ -117,7 +121,7 @@ def _choices(annotation: Any) -> list[str]:
     """The values of a Literal, also within `Literal[...] | None`."""
     found: list[str] = []
     for part in get_args(annotation):
-        found += [part] if isinstance(part, str) else _choices(part)
+        found += [str(part)] if isinstance(part, str | int) else _choices(part)
     return found
 
 

@@ -16,8 +16,9 @@ METHODS = ("zo-finetuner", "fzoo", "mezo", "adam", "none")
 # The best of a grid on SST-2 with SmolLM2-135M-Instruct (docs/results.md; adam: not searched); search around them.
 DEFAULT_LR = {"zo-finetuner": 4e-5, "mezo": 4e-5, "fzoo": 4e-3, "adam": 1e-5}
 DEFAULT_NOISE = {"fzoo": "rademacher"}  # the papers' choices; gaussian for the others
-NOISE = Literal["gaussian", "rademacher"]
-DTYPE = Literal["float32", "bfloat16", "float16"]
+KIND = Literal["gaussian", "rademacher"]
+NOISE = Literal["gaussian", "rademacher", "low-rank"]
+DTYPE = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 class Config(BaseModel):
@@ -33,7 +34,9 @@ class Config(BaseModel):
     eps: float = Field(1e-3, gt=0, allow_inf_nan=False, description="size of a perturbation, an element")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of the noise, the data and the order of batches")
     data_dir: Path | None = Field(None, description="read D/<task>/{train,validation,test}.jsonl, not the Hub")
-    dtype: DTYPE = Field("float32", description="of the weights")
+    dtype: DTYPE = Field(
+        "float32", description="of the weights; auto: float32, multiplied in bfloat16 where the processor can"
+    )
     train_size: int = Field(1000, ge=1, description="training examples drawn by the seed")
     max_skipped: int = Field(10, ge=1, description="stop after so many steps in a row whose loss is not finite")
     max_length: int = Field(1024, ge=2, description="tokens; longer prompts lose their beginning")
@@ -78,11 +81,36 @@ class FinetuneConfig(Config):
     micro_batch_size: int | None = Field(None, ge=1, description="examples a forward at most; default: the whole batch")
     num_perturbations: int = Field(8, ge=2, description="N of FZOO; a step costs N + 1 forwards")
     noise: NOISE | None = Field(None, description="gaussian, or rademacher (fzoo's default)")
+    rank: int = Field(1, ge=1, description="of low-rank noise")
+    factors: KIND = Field("rademacher", description="distribution of low-rank noise's factors")
+    engine: Literal["streamed", "in-place"] = Field(
+        "streamed",
+        description="streamed: perturb without writing to the weights; in-place: walk to each point and back",
+    )
+    branch_batch: int | Literal["auto"] = Field(
+        "auto", description="losses of a step that one forward evaluates; auto: what little memory allows"
+    )
+    quantize: Literal[4, 8] | None = Field(
+        None, description="bits of the linear layers' weights while they are tuned: 8 or 4; not for adam"
+    )
+    compile: bool = Field(False, description="run torch.compile's code for the layers, in a few static lengths")
     dev_size: int | None = Field(None, ge=1, description="development examples; the task's own number by default")
     eval_size: int = Field(1000, ge=1, description="evaluation examples")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations on dev; default: 5 a run")
     eval_batch_size: int = Field(32, ge=1, description="examples a forward in evaluation")
     save_model: bool = Field(False, description="write the tuned model to OUT/model")
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _digits(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+    @field_validator("branch_batch")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise PydanticCustomError("greater_than_equal", "Input should be auto or a number of at least 1")
+        return value
 
     @model_validator(mode="after")
     def _by_method(self) -> Self:
@@ -92,7 +120,12 @@ class FinetuneConfig(Config):
             raise ValueError("method zo-finetuner needs --tuner (a folder or a Hub id)")
         if self.method != "zo-finetuner" and self.tuner is not None:
             raise ValueError(f"--tuner is for method zo-finetuner, not for {self.method}")
+        if self.quantize is not None:
+            self._check_quantize()
+        if self.compile and (self.engine == "streamed" and "engine" in self.model_fields_set):
+            raise ValueError("--compile needs --engine in-place: compiled code runs on the model's own weights")
         fill = {
+            "engine": "in-place" if self.compile else self.engine,
             "lr": self.lr if self.lr is not None else DEFAULT_LR.get(self.method),
             "noise": self.noise or DEFAULT_NOISE.get(self.method, "gaussian"),
             "eval_every": self.eval_every or max(1, -(-self.steps // 5)),
@@ -101,12 +134,26 @@ class FinetuneConfig(Config):
             object.__setattr__(self, name, value)
         return self
 
+    def _check_quantize(self) -> None:
+        """What integer weights do not go with."""
+        if self.method == "adam":
+            raise ValueError(
+                "--quantize is for zeroth-order methods: adam needs gradients, which integers have none of"
+            )
+        if self.compile or self.engine == "in-place":
+            raise ValueError("--quantize needs the streamed engine: leave out --compile and --engine in-place")
+        if self.save_model:
+            raise ValueError(
+                "--save-model cannot write quantised weights, which transformers could not load: leave out --quantize "
+                "or --save-model"
+            )
+
 
 class MetaTrainConfig(Config):
     """Meta-train a tuner for one base model along first-order trajectories."""
 
     tasks: tuple[str, ...] = Field(("copa",), min_length=1, description="tasks to walk, shuffled")
-    noise: NOISE = Field("rademacher", description="of the virtual step")
+    noise: KIND = Field("rademacher", description="of the virtual step")
     architecture: Literal["abs", "exp"] = Field("exp", description="abs: the paper's; exp: starts at sigma = 1")
     granularity: Literal["block", "layer"] = Field("block", description="what shares a PertNN")
     normalized: bool = Field(True, description="keep the Frobenius budget of the perturbation")

@@ -22,10 +22,19 @@ from zotuner.evaluate import evaluate
 from zotuner.files import check_out, claim_out
 from zotuner.ledger import Ledger
 from zotuner.metrics import MetricsLog, write_json
-from zotuner.models import keep_weights, load_model, restore_weights, save_model, weights_sha256
+from zotuner.models import (
+    compile_layers,
+    compute_dtype,
+    keep_weights,
+    load_model,
+    restore_weights,
+    save_model,
+    weights_sha256,
+)
 from zotuner.objective import Objective, shares
 from zotuner.optim import FZOO, MeZO, ZOFineTuner, ZOOptimizer
 from zotuner.progress import Bar, Display, peak_rss_bytes
+from zotuner.quantized import quantize_
 from zotuner.tasks import Example, Splits, batches, get_task
 from zotuner.trajectory import first_order
 from zotuner.tuner import Tuner, versions
@@ -50,7 +59,9 @@ class ZOStepper:
 
     def __init__(self, config: FinetuneConfig, model: Any, tuner: Tuner | None) -> None:
         assert config.lr is not None
-        common: dict[str, Any] = {"lr": config.lr, "eps": config.eps, "noise": config.noise, "seed": config.seed}
+        shared = ("lr", "eps", "noise", "seed", "rank", "factors", "engine", "branch_batch")
+        common: dict[str, Any] = {name: getattr(config, name) for name in shared}
+        common["compute_dtype"] = compute_dtype(model.device) if config.dtype == "auto" else None
         self.optimizer: ZOOptimizer
         if config.method == "mezo":
             self.optimizer = MeZO(model, **common)
@@ -137,7 +148,11 @@ def prepare(config: FinetuneConfig) -> Setup:
         train_size=config.train_size, dev_size=config.dev_size, eval_size=config.eval_size, seed=config.seed
     )
     model, tokenizer = load_model(config.model, dtype=config.dtype)
-    return Setup(model, tokenizer, Objective(task, tokenizer, config.max_length), splits, tuner)
+    if config.quantize is not None:
+        quantize_(model, config.quantize)
+    if config.compile:
+        compile_layers(model)
+    return Setup(model, tokenizer, Objective(task, tokenizer, config.max_length, static=config.compile), splits, tuner)
 
 
 def finetune(config: FinetuneConfig, display: Display) -> dict[str, Any]:
@@ -297,7 +312,10 @@ class _Recorder:
             "weights_sha256": weights_sha256(setup.model),
             "tuner": config.tuner,
             "noise": config.noise,
+            "rank": config.rank,
+            "factors": config.factors,
             "noise_version": noise.VERSION,
+            "quantize": config.quantize,
             "seed": config.seed,
             "eps": config.eps,
             "losses": config.num_perturbations + 1 if config.method == "fzoo" else 2,

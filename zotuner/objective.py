@@ -31,12 +31,14 @@ class Objective:
         task: Gives the kind of loss.
         tokenizer: A fast one, of transformers.
         max_length: Tokens of a row; a longer prompt loses its beginning.
+        static: Pad to one of a few lengths, for compiled code, which serves one shape each.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, max_length: int = 1024) -> None:
+    def __init__(self, task: Task, tokenizer: Any, max_length: int = 1024, *, static: bool = False) -> None:
         self.task = task
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._static = static
         self._encode = lru_cache(maxsize=None)(self._encode_once)
         self._packs: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
@@ -74,7 +76,8 @@ class Objective:
         """
         candidates = self._candidates(examples, right_only)
         labels = [0 if right_only else example.label for example in examples]
-        return collate(candidates, labels, max_length=self._max_length, pad=self._tokenizer.pad_token_id or 0)
+        pad = self._tokenizer.pad_token_id or 0
+        return collate(candidates, labels, max_length=self._max_length, pad=pad, static=self._static)
 
     @property
     def _trains_on_right_only(self) -> bool:

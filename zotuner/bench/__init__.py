@@ -12,9 +12,11 @@ from zotuner.bench.measure import LR, check_finite, drift, memory, shares, time_
 from zotuner.bench.rows import Row, choose
 from zotuner.bench.show import drift_table, plot, tables
 from zotuner.bench.summary import summarize
+from zotuner.bench.task import task_rounds, task_table
 from zotuner.bench.workload import Workload, load
 from zotuner.errors import ZotunerError
 from zotuner.metrics import write_json
+from zotuner.models import load_model
 from zotuner.progress import Display, stdout
 
 DRIFT_SHAPE = {"batch_size": 1, "length": 4}  # what drifts is the weights: the smallest forward will do
@@ -30,6 +32,8 @@ def bench(
     methods: Sequence[str] | None,
     rounds: int,
     drift_steps: int | None,
+    task: str | None,
+    data_dir: Path | None,
     out: Path | None,
     plot_to: Path | None,
     display: Display,
@@ -45,6 +49,8 @@ def bench(
         methods: Names of rows; None: all.
         rounds: Measurements of each, after one that does not count.
         drift_steps: Measure how far so many steps with lr = 0 move the weights, and nothing else.
+        task: Measure instead what a step on real examples of this task costs.
+        data_dir: As `--data-dir` everywhere.
         out: Where the JSON goes.
         plot_to: Where the plot of a measurement of time goes.
         display: Where progress goes.
@@ -53,6 +59,9 @@ def bench(
         ZotunerError: An unknown model or method, a file that cannot be written, weights that are not finite any more.
     """
     _check_files(out, plot_to)
+    if task is not None:
+        _bench_task(model, task, data_dir, batch_size, rounds, out, display)
+        return
     rows = choose(methods, display.say)
     shape = {"batch_size": batch_size, "length": length} if drift_steps is None else DRIFT_SHAPE
     about: dict[str, Any] = {"model": model, "logits": logits, **shape}
@@ -77,6 +86,22 @@ def bench(
         stdout().print(table)
     if plot_to is not None:
         plot(entries, title, plot_to)
+
+
+def _bench_task(
+    model: str, task: str, data_dir: Path | None, batch_size: int, rounds: int, out: Path | None, display: Display
+) -> None:
+    """The measurement on real examples."""
+    with display:
+        display.say(f"loading {model} and task {task}")
+        loaded, tokenizer = load_model(model)
+        entries = task_rounds(
+            loaded, tokenizer, task=task, data_dir=data_dir, batch_size=batch_size, rounds=rounds, display=display
+        )
+    about = {"model": model, "task": task, "batch_size": batch_size, "rounds": rounds}
+    if out is not None:
+        write_json(out, {**about, "machine": describe(), "entries": entries})
+    stdout().print(task_table(entries, f"{model}, {task}, batch {batch_size}, median of {rounds} rounds"))
 
 
 def _measure(rows: Sequence[Row], work: Workload, rounds: int, display: Display) -> dict[str, dict[str, Any]]:

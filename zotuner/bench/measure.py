@@ -46,10 +46,10 @@ def time_rounds(steps: dict[str, Step], forward: Step, rounds: int, advance: Cal
     times = {name: Times() for name in steps}
     for number in range(rounds + 1):
         order = list(steps) if number % 2 else list(reversed(steps))
-        before = _seconds(forward)
+        before = seconds_of(forward)
         for name in order:
-            took = _seconds(steps[name])
-            after = _seconds(forward)
+            took = seconds_of(steps[name])
+            after = seconds_of(forward)
             if number:
                 times[name].steps.append(took)
                 times[name].forwards.append((before + after) / 2)
@@ -58,7 +58,8 @@ def time_rounds(steps: dict[str, Step], forward: Step, rounds: int, advance: Cal
     return times
 
 
-def _seconds(run: Step) -> float:
+def seconds_of(run: Step) -> float:
+    """How long a step takes."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started

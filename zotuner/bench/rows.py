@@ -6,6 +6,7 @@ from functools import cache, partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -30,14 +31,14 @@ class Row:
         forwards: Losses that a step takes; AdamW's one forward has a backward, too.
         make: Builds the step.
         official: The row of the same method in the manner of its authors' code.
-        mezo: The row of the same step without a tuner.
+        base: The row of the step that it is a variant of: without the tuner, in float32.
     """
 
     name: str
     forwards: int
     make: Make
     official: str | None = None
-    mezo: str | None = None
+    base: str | None = None
 
     @property
     def walks(self) -> bool:
@@ -49,7 +50,7 @@ def _forward(work: Workload, _: float) -> Step:
     return torch.no_grad()(work.loss)
 
 
-def _ours(kind: Callable[..., ZOOptimizer], **options: str) -> Make:
+def _ours(kind: Callable[..., ZOOptimizer], **options: Any) -> Make:
     return lambda work, lr: partial(kind(work.model, lr=lr, **options).step, work.loss)
 
 
@@ -73,6 +74,7 @@ def _adamw(work: Workload, lr: float) -> Step:
     return step
 
 
+HALF = {"compute_dtype": torch.bfloat16}
 EIGHT = partial(FZOO, num_perturbations=N)
 
 # What is compared with one another stands together, for the machine changes its speed as time goes by; AdamW comes
@@ -81,6 +83,7 @@ ROWS: tuple[Row, ...] = (
     Row("forward", 1, _forward),
     Row("mezo rademacher", 2, _ours(MeZO, noise="rademacher"), "official mezo"),
     Row("zo-finetuner rademacher", 2, _tuned("rademacher"), "official mezo", "mezo rademacher"),
+    Row("mezo rademacher bf16", 2, _ours(MeZO, noise="rademacher", **HALF), "official mezo", "mezo rademacher"),
     Row("mezo gaussian", 2, _ours(MeZO, noise="gaussian"), "official mezo"),
     Row("zo-finetuner gaussian", 2, _tuned("gaussian"), "official mezo", "mezo gaussian"),
     Row("mezo low-rank", 2, _ours(MeZO, noise="low-rank"), "official mezo"),
@@ -89,6 +92,8 @@ ROWS: tuple[Row, ...] = (
     Row("mezo low-rank in-place", 2, _ours(MeZO, noise="low-rank", engine="in-place"), "official mezo"),
     Row("official mezo", 2, _official("OfficialMeZO")),
     Row("fzoo rademacher", N + 1, _ours(EIGHT, noise="rademacher"), "official fzoo"),
+    Row("fzoo rademacher single", N + 1, _ours(EIGHT, branch_batch=1), "official fzoo", "fzoo rademacher"),
+    Row("fzoo rademacher bf16", N + 1, _ours(EIGHT, **HALF), "official fzoo", "fzoo rademacher"),
     Row("fzoo low-rank", N + 1, _ours(EIGHT, noise="low-rank"), "official fzoo"),
     Row("fzoo rademacher in-place", N + 1, _ours(EIGHT, noise="rademacher", engine="in-place"), "official fzoo"),
     Row("fzoo low-rank in-place", N + 1, _ours(EIGHT, noise="low-rank", engine="in-place"), "official fzoo"),

@@ -15,7 +15,7 @@ COLUMNS = {  # key in the JSON -> (heading, format)
     "per_own_forwards": ("step / its forwards", ".3f"),
     "per_official_step": ("step / official", ".3f"),
     "official_step_per_step": ("official / step", ".2f"),
-    "per_mezo_step": ("step / MeZO", ".3f"),
+    "per_base_step": ("step / base", ".3f"),
     "tokens_per_second": ("tokens / s", ".0f"),
     "peak_per_forward": ("memory / forward", ".3f"),
 }

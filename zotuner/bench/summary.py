@@ -31,7 +31,7 @@ def summarize(
         own = times[row.name]
         seconds = median(own.steps)
         official = times.get(row.official or "")
-        mezo = times.get(row.mezo or "")
+        base = times.get(row.base or "")
         peak, alone = peaks[row.name] or (None, None)
         out[row.name] = {
             "seconds": seconds,
@@ -39,7 +39,7 @@ def summarize(
             "per_own_forwards": _ratio(own.steps, [row.forwards * f for f in own.forwards]),
             "per_official_step": official and _ratio(own.steps, official.steps),
             "official_step_per_step": official and _ratio(official.steps, own.steps),
-            "per_mezo_step": mezo and _ratio(own.steps, mezo.steps),
+            "per_base_step": base and _ratio(own.steps, base.steps),
             "tokens_per_second": tokens * row.forwards / seconds,
             "peak_bytes": peak,
             "forward_peak_bytes": alone,

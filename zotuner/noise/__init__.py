@@ -21,7 +21,7 @@ from torch import Tensor
 from zotuner.noise import philox
 from zotuner.noise.philox import KINDS, check_range
 
-__all__ = ["KINDS", "VERSION", "add", "add_", "add_rows", "dot", "round_to_", "sample"]
+__all__ = ["KINDS", "VERSION", "add", "add_", "add_rows", "dot", "round_to_", "round_to_integers_", "sample"]
 
 VERSION = 1  # of the map from coordinates to z; a recorded run can be replayed by this version alone
 CHUNK = 1 << 20  # elements of z held at once where a fused kernel does not apply
@@ -153,6 +153,23 @@ def round_to_(values: Tensor, dtype: torch.dtype, *, seed: int, step: int, block
     return values
 
 
+def round_to_integers_(values: Tensor, *, seed: int, step: int, block: int, start: int = 0) -> Tensor:
+    """Rounds values stochastically to whole numbers, in place: floor(value + w 2^-32), w the word of `round_to_`.
+
+    Args:
+        values: Contiguous float32.
+        seed: Of the run.
+        step: The optimizer's step.
+        block: The block's number.
+        start: The element of the block that `values` begins with.
+
+    Returns:
+        `values`.
+    """
+    _round(values, philox.WHOLE, philox.rounding_address(seed=seed, step=step, block=block), start)
+    return values
+
+
 def add_rows(
     src: Tensor,
     rows: Tensor,
@@ -180,9 +197,17 @@ def add_rows(
 
     Returns:
         (m, width) of `src`'s dtype.
+
+    Raises:
+        IndexError: A row that `src` does not have.
+        ValueError: As in `add`.
     """
     at = philox.address(kind, seed=seed, step=step, block=block, branch=branch)
     check_range(start, start + src.numel())
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(src):
+        raise IndexError(
+            f"index out of range: rows must lie in [0, {len(src)}), got {int(rows.min())} to {int(rows.max())}"
+        )
     of = src.detach()
     if _fused(of):
         from zotuner.noise import cpu

@@ -8,7 +8,7 @@ bit" holds because LLVM neither contracts nor reorders what is written here.
 """
 
 import math
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -17,7 +17,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from zotuner.noise.philox import CALLS, KINDS, MULTIPLIERS, ROUNDS, TILE, WEYL, Address
+from zotuner.noise.philox import CALLS, KINDS, MULTIPLIERS, ROUNDS, TILE, WEYL, WHOLE, Address
 
 GRAIN = 128 * TILE  # elements; the unit of work a thread takes, and the size below which one thread does all
 LANES = 128  # calls that are made at once, so that vector units have work
@@ -147,6 +147,18 @@ def _normals(total, alphas, words, place, z):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _add_strip(dst, src, alpha, words):  # type: ignore[no-untyped-def]
+    """dst = src +- alpha over all tiles of a strip; alpha comes as its bits."""
+    for i in range(LANES):
+        for w in range(4):
+            low = i * 128 + w * 32
+            to, of, word = dst[low : low + 32], src[low : low + 32], ~words[w, i]
+            for b in range(32):
+                sign = U32(U32(word << U32(31 - b)) & U32(0x80000000))
+                to[b] = of[b] + U32(sign ^ alpha).view(np.float32)
+
+
+@jit
 def _add_range(dst, src, alphas, start, kind, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """dst = src + (alphas[0] z of branch 0 + alphas[1] z of branch 1 + ...), the sum from left to right."""
     stop, tiles = start + dst.size, TILES[kind]
@@ -155,6 +167,10 @@ def _add_range(dst, src, alphas, start, kind, c1, c2, c3, k0, k1):  # type: igno
     for strip in range(start // (tiles * TILE), -(-stop // (tiles * TILE))):
         for k in range(alphas.size):
             _words(words[k], strip, U32(c1 + U32(k << 8)), c2, c3, k0, k1)
+        whole = strip * tiles * TILE - start  # in dst
+        if kind == RADEMACHER and alphas.size == 1 and whole >= 0 and whole + tiles * TILE <= dst.size:
+            _add_strip(dst[whole : whole + tiles * TILE], src[whole : whole + tiles * TILE], bits[0], words[0])
+            continue
         for place in range(tiles):
             first = (strip * tiles + place) * TILE
             low, high = max(start, first), min(stop, first + TILE)
@@ -239,7 +255,8 @@ def _dot(partial, g, start, kind, c1, c2, c3, k0, k1):  # type: ignore[no-untype
 def _round(values, drop, start, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """Rounds float32 to one of the two neighbours that the smaller type has, up with the probability that is unbiased.
 
-    Element j takes the word that a Gaussian tile's element j is made of. `drop` is 16 for bfloat16, 13 for float16.
+    Element j takes the word that a Gaussian tile's element j is made of. `drop` is 16 for bfloat16, 13 for float16,
+    `WHOLE` for integers.
     """
     stop, first = start + values.size, start // GRAIN
     for grain in prange(-(-stop // GRAIN) - first):
@@ -252,6 +269,10 @@ def _round(values, drop, start, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-
                     words.reshape(-1)[low - strip * TILE : high - strip * TILE],
                     values[low - start : high - start],
                 )
+                if drop == WHOLE:
+                    for i in range(high - low):
+                        part[i] = F32(np.floor(np.float64(part[i]) + np.float64(drawn[i]) * 2.0**-32))
+                    continue
                 for i in range(high - low):
                     bits = U32(F32(part[i]).view(np.uint32))
                     up = U32(bits + (drawn[i] >> U32(32 - drop)))
@@ -259,13 +280,19 @@ def _round(values, drop, start, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-
                     size = np.float64(abs(part[i]))
                     if drop == 13 and size < 2.0**-14:  # float16's subnormal numbers lie 2^-24 apart
                         whole = F32(np.floor(size * 2.0**24 + np.float64(drawn[i]) * 2.0**-32) * 2.0**-24)
-                        rounded = -whole if part[i] < 0 else whole
+                        rounded = -whole if bits >> U32(31) else whole  # -0 stays -0
                     part[i] = rounded if np.isfinite(part[i]) else part[i]
 
 
-def _pair(kernel: Callable[..., None]) -> tuple[Any, Any]:
-    """A kernel for one thread, and the same one for all of them."""
-    return jit(kernel), njit(parallel=True, **OPTIONS)(kernel)
+def _pair(kernel: Any) -> tuple[Any, Any]:
+    """A kernel for one thread, and the same one for all of them.
+
+    The second goes by a name of its own: numba's cache on disk tells functions apart by their names, not by whether
+    they were compiled to run in parallel.
+    """
+    twin = FunctionType(kernel.__code__, kernel.__globals__, kernel.__name__ + "_parallel")
+    twin.__qualname__ = twin.__name__
+    return jit(kernel), njit(parallel=True, **OPTIONS)(twin)
 
 
 _SAMPLE, _ADD, _ADD_ROWS, _DOT, _ROUND = (_pair(kernel) for kernel in (_sample, _add, _add_rows, _dot, _round))

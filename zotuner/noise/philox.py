@@ -132,18 +132,23 @@ def sample(kind: str, at: Address, start: int, stop: int, device: torch.device |
 
 
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that the smaller type has no place for
+WHOLE = 0  # in the place of such a number: round to integers
 
 
 def round_(values: Tensor, drop: int, at: Address, start: int) -> None:
     """Rounds float32 values stochastically to ones that a type of `drop` bits less can hold, in place.
 
     The low bits of the value's pattern plus a random number of as many bits: the carry rounds away from zero with a
-    probability equal to the part that is dropped, so that the mean is the value itself.
+    probability equal to the part that is dropped, so that the mean is the value itself. With a `drop` of `WHOLE`,
+    to one of the two integers around the value, likewise.
     """
     first, last = start // TILE, -(-(start + values.numel()) // TILE)
     calls = CALLS["gaussian"]
     drawn = torch.stack([w.view(-1, calls) for w in words(at, first * calls, (last - first) * calls, values.device)], 1)
     drawn = drawn.reshape(-1)[start - first * TILE :][: values.numel()].view(values.shape)
+    if drop == WHOLE:
+        values.copy_(torch.floor(values.double() + drawn.double() * 2.0**-32))
+        return
     bits = values.view(torch.int32).long() & MASK
     up = (bits + (drawn >> (32 - drop))) >> drop << drop
     rounded = (up - ((up >> 31) << 32)).to(torch.int32).view(torch.float32)

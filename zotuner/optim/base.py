@@ -70,6 +70,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         factors: Distribution of A and B: "gaussian" or "rademacher".
         engine: "streamed" or "in-place", see `zotuner.perturb.engine`.
         branch_batch: How many losses of a step one forward evaluates, or "auto"; see there.
+        compute_dtype: torch.bfloat16 for matrix products in it over float32 weights; see there.
 
     Raises:
         ValueError: An argument out of its range, or no trainable parameter.
@@ -90,6 +91,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         factors: str = "rademacher",
         engine: str = "streamed",
         branch_batch: int | str = "auto",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         if not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"lr must be a number that is not negative, got {lr}")
@@ -104,7 +106,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         self.blocks = find_blocks(model, granularity)
-        params = list(dict.fromkeys(piece.param for block in self.blocks for piece in block.pieces))
+        params = list(dict.fromkeys(p for block in self.blocks for piece in block.pieces for p in piece.parameters))
         group = {"params": params, "step": 0, "seed": seed, "noise": noise}
         if noise == LOW_RANK:
             group |= {"rank": rank, "factors": factors}
@@ -112,7 +114,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.last: StepInfo | None = None
         self._estimator = estimator
         self._scale = None if scale is None else scale(self.blocks)
-        self._perturber = Perturber(model, self.blocks, engine=engine, branch_batch=branch_batch)
+        self._perturber = Perturber(
+            model, self.blocks, engine=engine, branch_batch=branch_batch, compute_dtype=compute_dtype
+        )
 
     @torch.no_grad()
     def step(self, closure: Closure) -> float:  # type: ignore[override]

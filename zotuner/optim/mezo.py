@@ -19,7 +19,7 @@ class MeZO(ZOOptimizer):
         eps: Size of a perturbation.
         noise: "gaussian" (the paper's), "rademacher" or "low-rank".
         seed: Of the noise.
-        **options: `granularity`, `rank`, `factors`, `engine`, `branch_batch`: see `ZOOptimizer`.
+        **options: `granularity`, `rank`, `factors`, `engine`, `branch_batch`, `compute_dtype`: see `ZOOptimizer`.
 
     Example:
         >>> opt = MeZO(model, lr=1e-6)

@@ -70,7 +70,7 @@ class ZOFineTuner(ZOOptimizer):
         normalized: sigma~ = sigma sqrt(d / sum_j d_j sigma_j^2); without it sigma~ = sigma. None: as the
             tuner was trained.
         estimator: `TwoPoint()`, or `OneSided(N)` for FZOO's estimator with learned scales.
-        **options: `rank`, `factors`, `engine`, `branch_batch`: see `ZOOptimizer`.
+        **options: `rank`, `factors`, `engine`, `branch_batch`, `compute_dtype`: see `ZOOptimizer`.
 
     Raises:
         ZotunerError: The tuner was made for other blocks; names the first that differ.

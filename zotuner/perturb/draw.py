@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import record_function
 
 from zotuner import noise
 from zotuner.blocks import Block, pieces_of
+from zotuner.noise.philox import MAX_ELEMENTS
+
+FACTORS = MAX_ELEMENTS // 2  # where the elements that factors are made of begin; below lie those of plain noise
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,29 @@ class Draw:
         block: int,
         start: int,
         rounding: str = "nearest",
+        rows: tuple[int, int] | None = None,
     ) -> None:
-        """out = src + sum_k alphas[k] z of branch `branch + k`, for a piece of a block that begins at `start`."""
+        """out = src + sum_k alphas[k] z of branch `branch + k`, for a piece of a block that begins at `start`.
+
+        With `rows` = (first, total), `src` is the rows from `first` on of a matrix of `total` rows, the piece.
+        """
+        if rows is not None and not self.low_rank(src):
+            start += rows[0] * src.shape[-1]
         if not self.low_rank(src):
             noise.add(src, alphas, out=out, rounding=rounding, **self.at(block, start))
             return
-        pairs = [self.branched(self.branch + k).factors(src.shape, block, start) for k in range(len(alphas))]
+        shape = src.shape if rows is None else (rows[1], src.shape[-1])
+        pairs = [self.branched(self.branch + k).factors(shape, block, start) for k in range(len(alphas))]
+        if rows is not None:
+            pairs = [(a[rows[0] : rows[0] + len(src)], b) for a, b in pairs]
         left = torch.cat([a * (alpha * self.rank**-0.5) for alpha, (a, _) in zip(alphas, pairs, strict=True)], dim=1)
         right = torch.cat([b for _, b in pairs], dim=1)
-        left, right = left.to(src.device), right.to(src.device)
-        if src.dtype == torch.float32 and src.ndim == 2:
+        work = torch.promote_types(src.dtype, torch.float32)
+        left, right = left.to(src.device, work), right.to(src.device, work)
+        if src.dtype == work and src.ndim == 2:
             torch.addmm(src, left, right.t(), out=out)
             return
-        moved = src.float() + (left @ right.t()).view(src.shape)
+        moved = (left @ right.t()).view(src.shape).add_(src)
         if rounding == "stochastic":
             noise.round_to_(moved, out.dtype, seed=self.seed, step=self.step, block=block, start=start)
         out.copy_(moved)
@@ -79,16 +92,17 @@ class Draw:
         if not self.low_rank(src):
             return noise.add_rows(src.detach(), rows, alpha, **self.at(block, start))
         a, b = (factor.to(src) for factor in self.factors(src.shape, block, start))
-        moved: Tensor = src.detach()[rows] + (a[rows] @ b.t()) * (alpha * self.rank**-0.5)
+        moved: Tensor = F.embedding(rows, src.detach()) + (F.embedding(rows, a) @ b.t()) * (alpha * self.rank**-0.5)
         return moved
 
     def factors(self, shape: Sequence[int], block: int, start: int) -> tuple[Tensor, Tensor]:
         """A (m, r) and B (n, r) in float32, n the last dimension and m all others; z = A B^T / sqrt(r).
 
-        A piece that begins at element s of its block takes its factors from element 2 r s on: pieces never share.
+        A piece that begins at element s of its block takes its factors from element 2 r s of the numbers' upper half
+        on: pieces never share, neither with each other nor with the vectors of the block.
         """
         columns, total = shape[-1], torch.Size(shape).numel()
-        rows, base = total // columns, 2 * self.rank * start
+        rows, base = total // columns, FACTORS + 2 * self.rank * start
         coordinates = self.at(block, 0)
         del coordinates["start"]
         middle, stop = base + rows * self.rank, base + (rows + columns) * self.rank
@@ -98,6 +112,5 @@ class Draw:
 
 def shift(blocks: Sequence[Block], draw: Draw, alphas: Sequence[Sequence[float]], rounding: str = "nearest") -> None:
     """theta_i += sum_k alphas[i][k] z_i of branch `draw.branch + k`, in place, one sweep over the weights."""
-    with record_function("zotuner::update"):
-        for number, piece in pieces_of(blocks):
-            draw.add(piece.view, alphas[number], out=piece.view, block=number, start=piece.start, rounding=rounding)
+    for number, piece in pieces_of(blocks):
+        piece.move(draw, alphas[number], number, rounding)

@@ -9,9 +9,9 @@ module that reads another's weight, a penalty on the weights) cannot be served s
 time of a forward, and restored from a copy. Which parameters those are is watched while the first perturbed loss is
 evaluated: a closure that reads others later on is not served.
 
-The in-place engine takes no memory, works for compiled models, and comes home to within rounding: an error of
-some 1e-8 an element and 1,000 steps in float32. Half-precision weights would drift by much more (12 % of a weight in
-1,000 steps of bfloat16), so they are restored from copies.
+The in-place engine takes no memory, works for compiled models, and comes home to within rounding (float32; measured in
+docs/performance.md). Half-precision weights would drift by much more (12 % of a weight in 1,000 steps of bfloat16), so
+they are restored from copies.
 """
 
 import inspect
@@ -22,10 +22,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
-from zotuner.blocks import Block, Piece, pieces_of
+from zotuner.blocks import Block, Piece, Weight, pieces_of, weights_of
 from zotuner.errors import unknown
 from zotuner.perturb.draw import Draw, shift
+from zotuner.perturb.stored import slot_of
 from zotuner.perturb.streamed import (
     CannotStackError,
     Evaluation,
@@ -39,8 +41,8 @@ from zotuner.perturb.streamed import (
 from zotuner.perturb.watch import Watch
 
 ENGINES = ("streamed", "in-place")
-STACKED_SHARE = 1 / 16  # of the weights' bytes: what "auto" lets the activations of a stacked forward take
-LIVE = 4  # outputs as wide as the widest that a forward is taken to hold at once
+STACKED_SHARE = 1 / 4  # of the weights' bytes: what "auto" lets the further branches of a stacked forward take
+LIVE = 2  # outputs as wide as the widest that a branch is taken to hold at once
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}  # between stacked and single losses; others: 5e-2
 
 Closure = Callable[..., Tensor | float]
@@ -56,9 +58,12 @@ class Perturber:
             code looks at no replaced forward.
         branch_batch: How many points share one forward, if the closure has a parameter `branches`: a number, or
             "auto": as many as keep the activations small beside the weights.
+        compute_dtype: torch.bfloat16 multiplies float32 matrices in bfloat16 (`zotuner.perturb.half`), which takes all
+            points of a step in one forward (unless `branch_batch` is 1), and so a closure with `branches`;
+            None: as the weights are.
 
     Raises:
-        ValueError: An unknown engine, or a number below 1.
+        ValueError: An unknown engine, or a number below 1; or integer weights for the in-place engine.
     """
 
     def __init__(
@@ -68,27 +73,37 @@ class Perturber:
         *,
         engine: str = "streamed",
         branch_batch: int | str = "auto",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(unknown("engine", engine, ENGINES))
         if branch_batch != "auto" and not (isinstance(branch_batch, int) and branch_batch >= 1):
             raise ValueError(f"branch_batch must be 'auto' or a number of at least 1, got {branch_batch!r}")
         self._model = model
+        if compute_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"compute_dtype must be None or torch.bfloat16, got {compute_dtype}")
         self._blocks = blocks
-        self._pieces: dict[nn.Parameter, tuple[tuple[int, Piece], ...]] = {}
+        self._half = compute_dtype is not None
+        self._pieces: dict[Weight, tuple[tuple[int, Piece], ...]] = {}
         for number, piece in pieces_of(blocks):
             self._pieces[piece.param] = (*self._pieces.get(piece.param, ()), (number, piece))
         self._slots = [
-            Slot(module, name, param, self._pieces[param])
+            slot_of(module, name, weight, self._pieces[weight])
             for module in model.modules()
-            for name, param in module._parameters.items()
-            if param is not None and param in self._pieces
+            for name, weight in weights_of(module).items()
+            if weight in self._pieces
         ]
+        self._params = [weight for weight in self._pieces if isinstance(weight, nn.Parameter)]
         compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
         in_place = compiled or engine == "in-place"
+        if in_place and len(self._params) < len(self._pieces):
+            raise ValueError(
+                "the in-place engine writes theta + eps u, which integer weights cannot hold; use the streamed engine"
+                + (", without torch.compile" if compiled else "")
+            )
         small = any(param.dtype.itemsize < 4 for param in self._pieces)
         self._walker = _Walker(blocks) if in_place and not small else None
-        self._copied: set[nn.Parameter] = set(self._pieces) if in_place else set()
+        self._copied: set[nn.Parameter] = set(self._params) if in_place else set()
         self._watched = in_place
         self._scratch = Scratch()
         self._branch_batch = 1 if in_place else branch_batch
@@ -119,13 +134,15 @@ class Perturber:
         try:
             groups = [points[i : i + size] for i in range(0, len(points), size)]
             losses = [loss for group in groups for loss in self._forward(closure, group)]
-        except CannotStackError as error:
+        except (CannotStackError, RuntimeError) as error:
+            if self._checked and isinstance(error, RuntimeError):  # nothing that stacking is to blame for
+                raise
             return self._one_by_one(closure, points, str(error))
         if not self._checked:
             last = self._forward(closure, points[-1:])[0] if last is None else last
             if not self._agree(losses[-1], last):
                 return self._one_by_one(closure, points, f"the same loss came out as {losses[-1]} and as {last}")
-            self._checked = True
+            self._checked = math.isfinite(last)
         return losses
 
     def settle(self) -> None:
@@ -138,10 +155,11 @@ class Perturber:
 
         Half-precision weights are rounded stochastically, so that small updates happen in the mean.
         """
-        if self._walker is not None:
-            self._walker.update(draw, alphas)
-        else:
-            shift(self._blocks, draw, alphas, "stochastic")
+        with record_function("zotuner::update"):
+            if self._walker is not None:
+                self._walker.update(draw, alphas)
+            else:
+                shift(self._blocks, draw, alphas, "stochastic")
 
     def _watch(self, closure: Closure, point: Perturbation | None) -> float | None:
         """Finds, by one perturbed loss, what is read outside its module, and how wide activations are.
@@ -151,7 +169,7 @@ class Perturber:
         """
         if point is None:
             return None
-        with Watch(self._pieces) as watch, self._perturbed([point], watch):
+        with Watch(self._params) as watch, self._perturbed([point], watch):
             value = _value(closure())
         self._watched, self._widest = True, watch.widest
         if not watch.seen:
@@ -160,32 +178,41 @@ class Perturber:
         self._branch_batch = 1
         warnings.warn(
             f"{len(watch.seen)} parameters are read outside their module's forward: they are perturbed in place, "
-            f"with a copy of {sum(p.numel() for p in watch.seen):,} elements kept for the time of a forward",
+            f"with a copy of {sum(p.numel() for p in watch.seen):,} elements kept for the time of a forward, "
+            "which no two perturbations share",
             stacklevel=5,
         )
         return None
 
     def _one_by_one(self, closure: Closure, points: Sequence[Perturbation | None], why: str) -> list[float]:
-        """The losses without stacking, now and from now on."""
-        self._branch_batch = 1
+        """The losses without stacking, now and, if the closure gives them, from now on."""
+        size, self._branch_batch = self._branch_batch, 1
+        try:
+            losses = self.losses(closure, points)
+        except BaseException:
+            self._branch_batch = size
+            raise
         warnings.warn(f"perturbations cannot share a forward of this model: {why}; each gets its own", stacklevel=4)
-        return self.losses(closure, points)
+        return losses
 
     def _agree(self, stacked: float, single: float) -> bool:
         """Whether two ways to one loss differ by rounding alone."""
         if not math.isfinite(single):
             return True
         smallest = min(self._pieces, key=lambda p: p.dtype.itemsize).dtype
-        return abs(stacked - single) <= AGREEMENT.get(smallest, 5e-2) * (1 + abs(single))
+        within = 5e-2 if self._half else AGREEMENT.get(smallest, 5e-2)
+        return abs(stacked - single) <= within * (1 + abs(single))
 
     def _group(self, closure: Closure, count: int) -> int:
         """How many of `count` points go into one forward."""
         if self._branch_batch == 1 or count == 1 or not _takes_branches(closure):
             return 1
+        if self._half:
+            return count
         if isinstance(self._branch_batch, int):
             return min(self._branch_batch, count)
-        weights = sum(p.numel() * p.element_size() for p in self._pieces)
-        fit = max(1, int(weights * STACKED_SHARE / (LIVE * max(1, self._widest))))
+        weights = sum(p.nbytes for p in self._pieces)
+        fit = 1 + int(weights * STACKED_SHARE / (LIVE * max(1, self._widest)))
         return math.ceil(count / math.ceil(count / min(fit, count)))  # groups of one size, as near as can be
 
     def _forward(self, closure: Closure, group: Sequence[Perturbation | None]) -> list[float]:
@@ -201,7 +228,7 @@ class Perturber:
         if points == [None]:
             yield
             return
-        evaluation = Evaluation(points, self._scratch, watch)
+        evaluation = Evaluation(points, self._scratch, watch, self._half)
         with ExitStack() as stack:
             for param in self._copied:
                 stack.callback(param.data.copy_, param.detach().clone())
@@ -230,7 +257,8 @@ class _Walker:
 
     def loss(self, closure: Closure, point: Perturbation | None) -> float:
         """L at a point; theta stays there, or comes home if the closure raises."""
-        self.move(point)
+        with record_function("zotuner::noise"):
+            self.move(point)
         try:
             return _value(closure())
         except BaseException:

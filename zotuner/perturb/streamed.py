@@ -9,15 +9,17 @@ an embedding by the rows that the batch names; low-rank noise is applied to the 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from zotuner.blocks import Piece
+from zotuner.perturb import half
 from zotuner.perturb.draw import Draw
 from zotuner.perturb.watch import Watch
 
@@ -41,9 +43,47 @@ class Slot:
     param: nn.Parameter
     pieces: tuple[tuple[int, Piece], ...]  # (block's number, its part of the parameter)
 
+    @property
+    def linear(self) -> bool:
+        """Whether all that the module does with its weight is to multiply by it."""
+        return type(self.module) is nn.Linear
+
+    def chunks(self, scratch: "Scratch") -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) at theta, of a matrix; each is valid until the next comes."""
+        for first, last in row_spans(*self.param.shape):
+            yield first, self.param.detach()[first:last]
+
+    def product(self, x: Tensor, out: Tensor, scratch: "Scratch") -> None:
+        """out = x W^T at theta."""
+        torch.mm(x, self.param.detach().t(), out=out)
+
+    def hold(self, point: Perturbation, scratch: "Scratch") -> list[Tensor]:
+        """The module holds the parameter at a point from now on; returns the scratch that it lies in."""
+        taken = scratch.take(self.param.numel(), self.param)
+        perturbed = taken[: self.param.numel()].view(self.param.shape)
+        build(self, point, perturbed)
+        self.module._parameters[self.name] = perturbed  # type: ignore[assignment]
+        return [taken]
+
+    def release(self) -> None:
+        """And at theta again."""
+        self.module._parameters[self.name] = self.param
+
 
 class CannotStackError(Exception):
     """A module was met whose inputs do not tell which rows belong to which branch."""
+
+
+def row_spans(rows: int, width: int) -> list[tuple[int, int]]:
+    """(first, one past the last) of each chunk of a matrix's rows."""
+    step = max(1, CHUNK // width)
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def chunk_numel(shape: Sequence[int]) -> int:
+    """Elements of the largest chunk of a matrix's rows."""
+    rows, width = shape
+    return min(rows, max(1, CHUNK // width)) * width
 
 
 class Scratch:
@@ -72,12 +112,14 @@ class Evaluation:
         points: Where; None is theta itself.
         scratch: Buffers.
         watch: Is told what is our own reading of the weights.
+        half: Multiply float32 matrices in bfloat16, where `zotuner.perturb.half` can.
         rows: Size of dim 0 of the stacked batch, known once the first module has run.
     """
 
     points: Sequence[Perturbation | None]
     scratch: Scratch
     watch: Watch | None = None
+    half: bool = False
     rows: int | None = None
 
     def begin(self, *_: Any) -> None:
@@ -107,12 +149,12 @@ class Evaluation:
         cut = [self._parts(leaf, k) for leaf in leaves]
         return [tree_unflatten([parts[j] for parts in cut], spec) for j in range(k)]
 
-    def join(self, outputs: list[Any]) -> Any:
-        """The outputs of the branches as the stacked batch has them."""
+    def join(self, outputs: list[Any], cut: bool) -> Any:
+        """The outputs of the branches as the stacked batch has them; `cut`: the inputs held it."""
         if len(outputs) == 1:
             return outputs[0]
         flat = [tree_flatten(out) for out in outputs]
-        leaves = [self._joined(parts) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
+        leaves = [self._joined(parts, cut) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
         return tree_unflatten(leaves, flat[0][1])
 
     def _parts(self, leaf: Any, k: int) -> Sequence[Any]:
@@ -124,7 +166,7 @@ class Evaluation:
             self.rows = leaf.shape[0]
         return [leaf] * k if leaf.shape[0] % self.rows else leaf.chunk(k)
 
-    def _joined(self, parts: Sequence[Any]) -> Any:
+    def _joined(self, parts: Sequence[Any], cut: bool) -> Any:
         """One output of all branches: cut ones are put together, shared ones are repeated over a branch's rows."""
         first = parts[0]
         if not isinstance(first, Tensor):
@@ -132,12 +174,12 @@ class Evaluation:
         k = len(parts)
         if self.rows is None or first.ndim == 0:
             raise CannotStackError("an output without the batch's dimension")
-        batch = self.rows // k
-        if first.shape[0] == 1 and batch > 1:
-            return torch.cat([part.expand(batch, *part.shape[1:]) for part in parts])
-        if first.shape[0] % batch:
+        batch, length = self.rows // k, first.shape[0]
+        # what does not come from the batch, and has no dimension of 1 in its place, may not be for each row
+        fits = length == 1 or length % batch == 0 if cut else length == 1 and first.ndim > 1
+        if not fits:
             raise CannotStackError(f"an output of shape {tuple(first.shape)} for a batch of {batch}")
-        return torch.cat(list(parts))
+        return torch.cat([part.expand(batch, *part.shape[1:]) if len(part) == 1 else part for part in parts])
 
 
 def forward_of(module: nn.Module, slots: Sequence[Slot], evaluation: Evaluation) -> Callable[..., Any]:
@@ -148,7 +190,7 @@ def forward_of(module: nn.Module, slots: Sequence[Slot], evaluation: Evaluation)
     if weight is not None and (len(weight.pieces) > 1 or "forward" in module.__dict__):
         weight = None
     table = weight if type(module) is nn.Embedding and module.max_norm is None else None
-    linear = weight if type(module) is nn.Linear else None
+    linear = weight if weight is not None and weight.linear else None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if table is not None or (linear is not None and _by_rows(evaluation, args, kwargs)):
@@ -208,11 +250,12 @@ def _each(
     slots: Sequence[Slot], evaluation: Evaluation, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 ) -> Any:
     """A module's own forward, a branch at a time, while it holds perturbed parameters."""
-    outputs = []
-    for j, (some, named) in enumerate(evaluation.split((args, kwargs))):
+    outputs, parts = [], evaluation.split((args, kwargs))
+    cut = any(part is not leaf for part, leaf in zip(tree_leaves(parts[0]), tree_leaves((args, kwargs)), strict=True))
+    for j, (some, named) in enumerate(parts):
         with evaluation.alone(j) as point, _held(slots, point, evaluation) as taken:
             outputs.append(tree_map(lambda out, taken=taken: _own(out, taken), original(*some, **named)))
-    return evaluation.join(outputs)
+    return evaluation.join(outputs, cut)
 
 
 @contextmanager
@@ -223,13 +266,11 @@ def _held(slots: Sequence[Slot], point: Perturbation | None, evaluation: Evaluat
         if point is not None:
             with evaluation.own():
                 for slot in slots:
-                    taken.append(evaluation.scratch.take(slot.param.numel(), slot.param))
-                    perturbed = taken[-1][: slot.param.numel()].view(slot.param.shape)
-                    build(slot, point, perturbed)
-                    slot.module._parameters[slot.name] = perturbed  # type: ignore[assignment]
+                    taken += slot.hold(point, evaluation.scratch)
         yield taken
     finally:
-        slots[0].module._parameters.update({slot.name: slot.param for slot in slots})
+        for slot in slots:
+            slot.release()
         evaluation.scratch.give(taken)
 
 
@@ -249,11 +290,15 @@ def _linear(module: Any, weight: Slot, bias: Slot | None, evaluation: Evaluation
     out = input.new_empty(len(stacked), rows)
     k = len(evaluation.points)
     calls = list(zip(evaluation.points, stacked.chunk(k), out.chunk(k), strict=True))
-    if any(point is not None and point.draw.low_rank(weight.param) for point in evaluation.points):
-        torch.mm(stacked, weight.param.detach().t(), out=out)
-        _add_low_rank(weight, calls)
+    low_rank = any(point is not None and point.draw.low_rank(weight.param) for point in evaluation.points)
+    if evaluation.half and weight.param.dtype == torch.float32 and half.applies(_alphas(weight, calls)):
+        _multiply_half(weight, calls, evaluation.scratch, low_rank)
+    elif low_rank:
+        weight.product(stacked, out, evaluation.scratch)
     else:
         _multiply(weight, calls, evaluation.scratch)
+    if low_rank:
+        _add_low_rank(weight, calls)
     if module.bias is not None:
         for point, _, y in calls:
             y.add_(module.bias if bias is None else _vector(bias, point))
@@ -265,20 +310,46 @@ Call = tuple[Perturbation | None, Tensor, Tensor]  # of one branch: where, x (m,
 
 def _multiply(weight: Slot, calls: Sequence[Call], scratch: Scratch) -> None:
     """y = x (W + alpha z)^T by chunks of W's rows; each is perturbed and used k times while it is in cache."""
-    rows, width = weight.param.shape
+    width = weight.param.shape[1]
     ((number, piece),) = weight.pieces
-    step = max(1, CHUNK // width)
-    buffer = scratch.take(min(step, rows) * width, weight.param)
-    for first in range(0, rows, step):
-        plain = weight.param.detach()[first : first + step]
+    buffer = scratch.take(chunk_numel(weight.param.shape), weight.param)
+    for first, plain in weight.chunks(scratch):
         chunk = buffer[: plain.numel()].view(plain.shape)
         for point, x, y in calls:
             if point is not None:
                 with record_function("zotuner::noise"):
                     start = piece.start + first * width
                     point.draw.add(plain, [point.alphas[number]], out=chunk, block=number, start=start)
-            torch.mm(x, (plain if point is None else chunk).t(), out=y[:, first : first + step])
+            torch.mm(x, (plain if point is None else chunk).to(x.dtype).t(), out=y[:, first : first + len(plain)])
     scratch.give([buffer])
+
+
+def _multiply_half(weight: Slot, calls: Sequence[Call], scratch: Scratch, low_rank: bool) -> None:
+    """As `_multiply`, in bfloat16; noise of low rank is left to `_add_low_rank`."""
+    width = weight.param.shape[1]
+    ((number, piece),) = weight.pieces
+    buffer = scratch.take(chunk_numel(weight.param.shape), weight.param)
+    for first, plain in weight.chunks(scratch):
+        z = buffer[: plain.numel()].view(plain.shape)
+        noise = partial(_half_noise, calls, number, piece.start + first * width, z)
+        inputs, outputs = [x for _, x, _ in calls], [y[:, first : first + len(plain)] for _, _, y in calls]
+        half.multiply(plain, _alphas(weight, calls), inputs, outputs, None if low_rank else noise)
+    scratch.give([buffer])
+
+
+def _half_noise(calls: Sequence[Call], block: int, start: int, z: Tensor, j: int) -> Tensor:
+    """z of a branch."""
+    point = calls[j][0]
+    assert point is not None
+    with record_function("zotuner::noise"):
+        point.draw.add(z.zero_(), [1.0], out=z, block=block, start=start)
+        return z
+
+
+def _alphas(weight: Slot, calls: Sequence[Call]) -> list[float | None]:
+    """The factor of z in each branch; None at theta itself."""
+    ((number, _),) = weight.pieces
+    return [None if point is None else point.alphas[number] for point, _, _ in calls]
 
 
 def _add_low_rank(weight: Slot, calls: Sequence[Call]) -> None:
@@ -304,8 +375,10 @@ def _embedding(weight: Slot | None, evaluation: Evaluation, input: Tensor) -> Te
     """Looks up tables of the rows that the input names, perturbed."""
     assert weight is not None
     ((number, piece),) = weight.pieces
-    outputs = []
-    for point, ids in zip(evaluation.points, evaluation.split(input), strict=True):
+    outputs, parts = [], evaluation.split(input)
+    if len(parts) > 1 and input.ndim and input.shape[0] not in (1, evaluation.rows):  # positions, of one text
+        raise CannotStackError(f"an embedding of {tuple(input.shape)} for {evaluation.rows} rows")
+    for point, ids in zip(evaluation.points, parts, strict=True):
         if point is None:
             outputs.append(F.embedding(ids, weight.param.detach()))
             continue
@@ -313,5 +386,5 @@ def _embedding(weight: Slot | None, evaluation: Evaluation, input: Tensor) -> Te
             rows, positions = torch.unique(ids, return_inverse=True)
             table = point.draw.rows(weight.param, rows, point.alphas[number], block=number, start=piece.start)
         outputs.append(F.embedding(positions, table))
-    whole: Tensor = evaluation.join(outputs)
+    whole: Tensor = evaluation.join(outputs, parts[0] is not input)
     return whole
