@@ -8,6 +8,7 @@ walk over the weights; whole tensors of it; weights changed out of place; and no
     FZOO: L;  N times (theta + eps u_i, L_i;  theta - eps u_i);  N times theta - lr c_i u_i  3 N walks, N + 1 forwards
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.profiler import record_function
 Closure = Callable[[], Tensor]
 
 
-class _Walker:
+class _Walker(ABC):
     """The walk over all trainable weights that both methods make.
 
     Args:
@@ -33,8 +34,9 @@ class _Walker:
         self._lr, self._eps = lr, eps
         self._seeds = np.random.default_rng(seed)
 
+    @abstractmethod
     def _noise(self, param: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The noise of one weight, of its shape and type, from the global generator."""
 
     def _new_seed(self) -> int:
         return int(self._seeds.integers(1_000_000_000))

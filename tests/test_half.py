@@ -72,6 +72,13 @@ def test_it_serves_two_point_and_one_sided_steps_alone() -> None:
     assert not half.applies([EPS, EPS, EPS])
 
 
+def processor_rounds() -> bool:
+    """Whether oneDNN multiplies in bfloat16 here; on a processor that has no such products it keeps to float32."""
+    a = torch.linspace(0.1, 1, 256).view(16, 16)
+    with half.rounded_products():
+        return float((a @ a - a.double() @ a.double()).abs().max()) > 1e-4
+
+
 @pytest.mark.parametrize("method", [MeZO, FZOO])
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian", "low-rank"])
 def test_the_differences_of_a_steps_losses_are_those_of_float32(method: Any, noise: str) -> None:
@@ -84,7 +91,8 @@ def test_the_differences_of_a_steps_losses_are_those_of_float32(method: Any, noi
             opt.step(closure_of(model))
         wanted, came = ([x - opt.last.losses[0] for x in opt.last.losses[1:]] for opt in (exact, rounded))
         errors += [abs(a - b) / abs(b) for a, b in zip(came, wanted, strict=True)]
-    assert 0 < median(errors) < 0.05
+    assert median(errors) < 0.05
+    assert not processor_rounds() or median(errors) > 0
 
 
 def test_a_closure_without_branches_is_served_in_float32() -> None:

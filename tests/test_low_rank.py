@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zotuner import noise
 from zotuner.blocks import find_blocks, pieces_of
 from zotuner.optim import FZOO, MeZO
-from zotuner.perturb import ENGINES, Draw, Perturbation, Perturber, shift, streamed
+from zotuner.perturb import ENGINES, Draw, Perturbation, Perturber, shift, slot
 
 DRAWS, SIGMAS = 4000, 5.0  # of a statistic, and how many of its standard errors are allowed
 IDS = torch.arange(36).view(3, 12) * 7 % 60 + 3
@@ -117,7 +117,7 @@ def test_a_modules_loss_is_that_of_weights_moved_by_z(module: str, rank: int, ki
 def test_a_models_loss_is_that_of_weights_moved_by_z(
     make: Any, granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamed, "CHUNK", 100)
+    monkeypatch.setattr(slot, "CHUNK", 100)
     model = make()
     draw, blocks = Draw("rademacher", 3, 7, 2, rank=2), find_blocks(model, granularity)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zotuner import noise
 from zotuner.blocks import find_blocks
-from zotuner.perturb import Draw, Perturber, shift, streamed
+from zotuner.perturb import Draw, Perturber, shift, slot
 
 DRAW = Draw("rademacher", seed=3, step=7)
 IDS = torch.arange(24).view(2, 12) % 13
@@ -67,7 +67,7 @@ def test_chunked_rows_give_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> Non
     blocks = find_blocks(model)
     alphas = [0.01] * len(blocks)
     whole = Perturber(model, blocks).loss(lm_loss(model), DRAW, alphas)
-    monkeypatch.setattr(streamed, "CHUNK", 100)  # the head and every linear layer go by chunks of a few rows
+    monkeypatch.setattr(slot, "CHUNK", 100)  # the head and every linear layer go by chunks of a few rows
     assert Perturber(model, blocks).loss(lm_loss(model), DRAW, alphas) == pytest.approx(whole, rel=1e-6)
 
 

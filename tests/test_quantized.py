@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from zotuner.errors import ZotunerError
 from zotuner.models import check_weights, keep_weights, load_model, restore_weights, weights_sha256
 from zotuner.noise import cpu, philox
 from zotuner.optim import FZOO, MeZO, ZOFineTuner
-from zotuner.perturb import Draw, Perturbation, Perturber, shift, streamed
+from zotuner.perturb import Draw, Perturbation, Perturber, shift, slot
 from zotuner.quantized import QuantizedLinear, QuantizedMatrix, quantize_
 from zotuner.tuner import Tuner
 
@@ -228,7 +229,7 @@ def test_the_kernel_rounds_to_integers_as_the_torch_reference_does(start: int) -
 def test_losses_are_those_of_a_dequantised_model_that_was_moved(
     bits: int, kind: str, count: int, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamed, "CHUNK", 100)
+    monkeypatch.setattr(slot, "CHUNK", 100)
     monkeypatch.setattr(quantized, "CHUNK", 70)
     model = quantize_(lively(build), bits)
     before, blocks = codes_of(model), find_blocks(model)
@@ -237,7 +238,7 @@ def test_losses_are_those_of_a_dequantised_model_that_was_moved(
     expected = [float(closure_of(moved(model, point))()) for point in points]
     assert count == 1 or min(abs(a - b) for a, b in itertools.combinations(expected, 2)) > 1e-6
     asked: list[int] = []
-    perturber = Perturber(model, blocks, branch_batch=count)
+    perturber = Perturber(model, blocks, branch_batch=count, branch_threads=1)
     assert perturber.losses(closure_of(model, asked=asked), points) == pytest.approx(expected, rel=1e-5)
     assert max(asked) == count
     assert same(codes_of(model), before)
@@ -376,7 +377,7 @@ class Largest(TorchDispatchMode):
 @torch.no_grad()
 def test_no_big_weight_is_ever_whole_in_float(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "CHUNK", 1000)
-    monkeypatch.setattr(streamed, "CHUNK", 1000)
+    monkeypatch.setattr(slot, "CHUNK", 1000)
     model: Any = quantize_(nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128)), bits)
     x, opts = torch.ones(2, 128), [MeZO(model, lr=1e-3), MeZO(model, lr=1e-3, noise="low-rank")]
     opts.append(ZOFineTuner(model, Tuner.for_model(model, "abs"), lr=1e-3))  # type: ignore[arg-type]
@@ -385,20 +386,27 @@ def test_no_big_weight_is_ever_whole_in_float(bits: int, monkeypatch: pytest.Mon
         for opt in opts:
             opt.step(lambda: model(x).square().mean())
     assert 0 < largest.numel <= 2000
-    assert all(buffer.numel() <= 1024 for opt in opts for buffer in opt._perturber._scratch._pool)
+    scratches = [scratch for opt in opts for scratch in opt._perturber._scratches.values()]
+    kept = [buffer for s in scratches for buffer in (*s._pool, *s._grounds.values())]
+    assert kept
+    assert all(buffer.numel() <= 1024 for buffer in kept)
 
 
 @both
+@torch.no_grad()
 def test_mezo_lowers_a_loss(bits: int) -> None:
-    model: Any = quantize_(lively(), bits)
-    closure, before = closure_of(model), codes_of(model)
-    with torch.no_grad():
+    """In the mean over seeds: where one run of roundings ends depends on the last bit of the processor's sums."""
+    gains = []
+    for seed in range(4):
+        model: Any = quantize_(lively(), bits)
+        closure, before = closure_of(model), codes_of(model)
         start = float(closure())
-        opt = MeZO(model, lr=5e-4, eps=1e-3, noise="rademacher")  # at 2e-3, rounding to 4 bits outdoes the descent
-        for _ in range(200):
+        opt = MeZO(model, lr=5e-4, eps=1e-3, noise="rademacher", seed=seed)  # 2e-3: rounding to 4 bits outdoes descent
+        for _ in range(400):
             opt.step(closure)
-        assert float(closure()) < start - 0.15
-    assert not same(codes_of(model), before)
+        gains.append(start - float(closure()))
+        assert not same(codes_of(model), before)
+    assert mean(gains) > 0.15
 
 
 @pytest.mark.parametrize("method", ["fzoo", "zo-finetuner"])

@@ -57,7 +57,7 @@ def test_a_model_that_mixes_rows_of_a_batch_is_evaluated_one_by_one() -> None:
         return closure(branches=branches)
 
     expected = expected_of(model, lambda twin: squares(twin, X).mean())
-    perturber = Perturber(model, find_blocks(model), branch_batch=4)
+    perturber = Perturber(model, find_blocks(model), branch_batch=4, branch_threads=1)
     losses, said = losses_of(perturber, noting, points)
     assert losses == pytest.approx(expected, rel=1e-6)
     assert len(said) == 1
@@ -74,7 +74,7 @@ def test_a_model_that_mixes_rows_of_a_batch_is_evaluated_one_by_one() -> None:
 def test_a_module_with_weights_meets_each_branch_by_itself_even_if_it_mixes_rows() -> None:
     model = normed(affine=True)
     expected = expected_of(model, lambda twin: squares(twin, X).mean())
-    perturber = Perturber(model, find_blocks(model), branch_batch=4)
+    perturber = Perturber(model, find_blocks(model), branch_batch=4, branch_threads=1)
     losses, said = losses_of(perturber, stacked(squares, model), points_of(model))
     assert losses == pytest.approx(expected, rel=1e-6)
     assert not said
@@ -85,7 +85,9 @@ def test_a_closure_that_mixes_branches_up_is_found_out() -> None:
     model = seeded(lambda: nn.Linear(4, 2))
     right = stacked(squares, model)
     wrong = lambda branches=1: right(branches=branches).flip(0) if branches > 1 else right()  # noqa: E731
-    losses, said = losses_of(Perturber(model, find_blocks(model), branch_batch=4), wrong, points_of(model))
+    losses, said = losses_of(
+        Perturber(model, find_blocks(model), branch_batch=4, branch_threads=1), wrong, points_of(model)
+    )
     assert losses == pytest.approx(expected_of(model, lambda twin: squares(twin, X).mean()), rel=1e-6)
     assert [text.startswith(FALLS_BACK) for text in said] == [True]
 
@@ -93,7 +95,7 @@ def test_a_closure_that_mixes_branches_up_is_found_out() -> None:
 @torch.no_grad()
 def test_a_first_loss_that_is_not_finite_does_not_vouch_for_stacking() -> None:
     model = normed(affine=False)
-    points, perturber = points_of(model), Perturber(model, find_blocks(model), branch_batch=4)
+    points, perturber = points_of(model), Perturber(model, find_blocks(model), branch_batch=4, branch_threads=1)
     broken, said = losses_of(perturber, stacked(squares, model, X * math.nan), points)
     assert all(math.isnan(loss) for loss in broken)
     assert not said
@@ -109,7 +111,7 @@ def test_an_error_that_only_stacking_makes_is_no_end() -> None:
     def of_six_rows(module: Any, x: Tensor) -> Tensor:
         return module(x).square().sum(dim=1) * torch.ones(6)
 
-    perturber = Perturber(model, find_blocks(model), branch_batch=4)
+    perturber = Perturber(model, find_blocks(model), branch_batch=4, branch_threads=1)
     losses, said = losses_of(perturber, stacked(of_six_rows, model), points_of(model))
     assert losses == pytest.approx(expected_of(model, lambda twin: squares(twin, X).mean()), rel=1e-6)
     assert len(said) == 1
@@ -119,7 +121,7 @@ def test_an_error_that_only_stacking_makes_is_no_end() -> None:
 @torch.no_grad()
 def test_an_error_of_single_losses_too_is_raised_and_stacking_tried_again() -> None:
     model, asked = seeded(lambda: nn.Linear(4, 2)), []
-    right, perturber = stacked(squares, model), Perturber(model, find_blocks(model), branch_batch=4)
+    right, perturber = stacked(squares, model), Perturber(model, find_blocks(model), branch_batch=4, branch_threads=1)
     perturber.losses(right, points_of(model)[1:2])  # the watch is over
 
     def busy(branches: int = 1) -> Tensor:
@@ -139,7 +141,7 @@ def test_an_error_of_single_losses_too_is_raised_and_stacking_tried_again() -> N
 @torch.no_grad()
 def test_a_stacked_result_of_another_shape_is_refused() -> None:
     model = seeded(lambda: nn.Linear(4, 2))
-    perturber = Perturber(model, find_blocks(model), branch_batch=4)
+    perturber = Perturber(model, find_blocks(model), branch_batch=4, branch_threads=1)
     with pytest.raises(ValueError, match=r"branches=4 must return losses of shape \(4,\)"):
         perturber.losses(lambda branches=1: squares(model, torch.cat([X] * branches)).mean(), points_of(model))
 
@@ -214,7 +216,9 @@ def test_an_output_with_a_dimension_of_1_for_the_batch_is_repeated() -> None:
     model.forward = lambda x: model.first(x) * model.shared()
     expected = expected_of(model, lambda twin: (twin.first(X) * twin.shared()).square().sum(dim=1).mean())
     losses, said = losses_of(
-        Perturber(model, find_blocks(model), branch_batch=4), stacked(squares, model), points_of(model)
+        Perturber(model, find_blocks(model), branch_batch=4, branch_threads=1),
+        stacked(squares, model),
+        points_of(model),
     )
     assert losses == pytest.approx(expected, rel=1e-6)
     assert not said

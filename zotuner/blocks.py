@@ -282,3 +282,15 @@ def pieces_of(blocks: Sequence[Block]) -> Iterator[tuple[int, Piece]]:
     for number, block in enumerate(blocks):
         for piece in block.pieces:
             yield number, piece
+
+
+def chunk_rows(shape: Sequence[int], chunk: int) -> int:
+    """How many of a matrix's rows are worked on at a time, so that they have at most `chunk` elements; at least one."""
+    rows, width = shape
+    return max(1, min(rows, chunk // max(1, width)))
+
+
+def row_spans(shape: Sequence[int], chunk: int) -> list[tuple[int, int]]:
+    """(first, one past the last) of each chunk of a matrix's rows; none where there are no rows."""
+    step = chunk_rows(shape, chunk)
+    return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zotuner import noise
-from zotuner.blocks import Piece, StoredMatrix
+from zotuner.blocks import Piece, StoredMatrix, chunk_rows, row_spans
 
 BITS = (4, 8)
 GROUP = 64  # columns that share a scale at 4 bits; at 8 bits a row does
@@ -57,7 +57,7 @@ class QuantizedMatrix(StoredMatrix):
         columns, dtype = (width, torch.int8) if bits == 8 else (-(-width // 2), torch.uint8)
         self.register_buffer("codes", empty(rows, columns, dtype=dtype))
         self.register_buffer("scales", empty(rows, -(-width // self.group)))
-        for first, last in spans(rows, width):
+        for first, last in row_spans(weight.shape, CHUNK):
             values = weight.detach()[first:last].float()
             self.scales[first:last] = self._fitted(values)
             self.assign_rows(first, values)
@@ -181,7 +181,7 @@ class QuantizedPiece(Piece):
         """The part, dequantised a chunk of rows at a time, each of which is valid until the next comes."""
         low, high = self.bounds
         buffer = chunk_for(self.param)
-        for first, last in spans(high - low, self.param.shape[1]):
+        for first, last in row_spans((high - low, self.param.shape[1]), CHUNK):
             yield self.param.rows(low + first, low + last, buffer[: last - first])
 
     def perturb(self, rows: Tensor, first: int, draw: Any, alpha: float, block: int) -> None:
@@ -196,7 +196,7 @@ class QuantizedPiece(Piece):
         """Adds sum_k alphas[k] z_k, rounded stochastically to the grid, whatever `rounding` says of other weights."""
         low, high = self.bounds
         buffer, width = chunk_for(self.param), self.param.shape[1]
-        for first, last in spans(high - low, width):
+        for first, last in row_spans((high - low, width), CHUNK):
             delta = buffer[: last - first].zero_()
             draw.add(delta, alphas, out=delta, block=block, start=self.start, rows=(first, high - low))
             at = {"seed": draw.seed, "step": draw.step, "block": block, "start": self.start + first * width}
@@ -293,22 +293,15 @@ def quantize_(model: nn.Module, bits: int = 8) -> nn.Module:
     return replaced(model)
 
 
-def spans(rows: int, width: int) -> list[tuple[int, int]]:
-    """(first, one past the last) of each chunk of rows."""
-    step = max(1, CHUNK // max(1, width))
-    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
-
-
 def chunk_for(weight: QuantizedMatrix) -> Tensor:
     """Memory for one chunk of rows, float32."""
-    rows, width = weight.shape
-    return torch.empty(min(rows, max(1, CHUNK // max(1, width))), width, device=weight.device)
+    return torch.empty(chunk_rows(weight.shape, CHUNK), weight.shape[1], device=weight.device)
 
 
 def _chunks(weight: QuantizedMatrix, perturb: Perturb | None) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows dequantised and perturbed), in memory that is used again."""
     buffer = chunk_for(weight)
-    for first, last in spans(*weight.shape):
+    for first, last in row_spans(weight.shape, CHUNK):
         rows = weight.rows(first, last, buffer[: last - first])
         if perturb is not None:
             perturb(rows, first)

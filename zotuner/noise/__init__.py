@@ -112,7 +112,7 @@ def add(
     check_range(start, start + src.numel())
     alphas = [alpha] if isinstance(alpha, float | int) else list(alpha)
     addresses = [philox.address(kind, seed=seed, step=step, block=block, branch=branch + k) for k in range(len(alphas))]
-    into, of = out.detach(), src.detach()
+    into, of = _plain(out), _plain(src)
     if not alphas or not src.numel():
         into.copy_(of)
         return out
@@ -249,6 +249,11 @@ def dot(g: Tensor, *, kind: str, seed: int, step: int, block: int, start: int = 
         z = _draw(kind, at, start + low, start + high, g.device)
         total += float((g.detach()[rows].to(work).reshape(-1) * z.to(work)).sum(dtype=torch.float64))
     return total
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without autograd; each call of torch that can be spared is one less for threads to meet at Python's lock."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _fused(tensor: Tensor) -> bool:

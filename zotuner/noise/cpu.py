@@ -8,6 +8,7 @@ bit" holds because LLVM neither contracts nor reorders what is written here.
 """
 
 import math
+from threading import Lock
 from types import FunctionType
 from typing import Any
 
@@ -298,14 +299,20 @@ def _pair(kernel: Any) -> tuple[Any, Any]:
 _SAMPLE, _ADD, _ADD_ROWS, _DOT, _ROUND = (_pair(kernel) for kernel in (_sample, _add, _add_rows, _dot, _round))
 
 
+_ALL_THREADS = Lock()  # one parallel kernel at a time: not every pool of threads that numba may use can take two
+
+
 def _run(pair: tuple[Any, Any], size: int, *args: object) -> None:
     """Runs a kernel on as many threads as torch uses; a small range is not worth more than one."""
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    if size <= GRAIN or threads == 1:
+    if size <= GRAIN or threads == 1 or not _ALL_THREADS.acquire(blocking=False):
         pair[0](*args)
         return
-    numba.set_num_threads(threads)
-    pair[1](*args)
+    try:
+        numba.set_num_threads(threads)
+        pair[1](*args)
+    finally:
+        _ALL_THREADS.release()
 
 
 def _unpack(kind: str, at: Address) -> tuple[Any, ...]:
@@ -325,7 +332,7 @@ def sample(kind: str, at: Address, start: int, stop: int) -> Tensor:
 
 def add(dst: Tensor, src: Tensor, alphas: np.ndarray, kind: str, at: Address, start: int) -> None:
     """dst = src + sum_k alphas[k] z_k over contiguous float32 CPU tensors of one size; dst may be src."""
-    flat = dst.view(-1).numpy(), src.view(-1).numpy()
+    flat = dst.numpy().reshape(-1), src.numpy().reshape(-1)
     _run(_ADD, dst.numel(), *flat, alphas, start, *_unpack(kind, at))
 
 

@@ -70,6 +70,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         factors: Distribution of A and B: "gaussian" or "rademacher".
         engine: "streamed" or "in-place", see `zotuner.perturb.engine`.
         branch_batch: How many losses of a step one forward evaluates, or "auto"; see there.
+        branch_threads: How many such forwards run at the same time, or "auto"; see there.
         compute_dtype: torch.bfloat16 for matrix products in it over float32 weights; see there.
 
     Raises:
@@ -91,6 +92,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         factors: str = "rademacher",
         engine: str = "streamed",
         branch_batch: int | str = "auto",
+        branch_threads: int | str = "auto",
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         if not (math.isfinite(lr) and lr >= 0):
@@ -115,7 +117,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._estimator = estimator
         self._scale = None if scale is None else scale(self.blocks)
         self._perturber = Perturber(
-            model, self.blocks, engine=engine, branch_batch=branch_batch, compute_dtype=compute_dtype
+            model,
+            self.blocks,
+            engine=engine,
+            branch_batch=branch_batch,
+            branch_threads=branch_threads,
+            compute_dtype=compute_dtype,
         )
 
     @torch.no_grad()
@@ -125,7 +132,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         Args:
             closure: Evaluates the loss of one fixed batch and returns it, a 0-d tensor; it is called several times
                 and must not call `backward`. One with a parameter `branches` may be asked for `branches=k`: it then
-                runs the model on the batch repeated k times along dim 0 and returns the k losses, (k,).
+                runs the model on the batch repeated k times along dim 0 and returns the k losses, (k,); and it may be
+                called from several threads at once.
 
         Returns:
             The mean of loss_plus and loss_minus (two-point) or l_0 (one-sided). Where a loss is not finite, the

@@ -17,8 +17,11 @@ they are restored from copies.
 import inspect
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +30,15 @@ from torch.profiler import record_function
 from zotuner.blocks import Block, Piece, Weight, pieces_of, weights_of
 from zotuner.errors import unknown
 from zotuner.perturb.draw import Draw, shift
+from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
+from zotuner.perturb.lanes import arrange, can_run_side_by_side, side_by_side
+from zotuner.perturb.slot import Perturbation, Scratch, Slot, build
 from zotuner.perturb.stored import slot_of
-from zotuner.perturb.streamed import (
-    CannotStackError,
-    Evaluation,
-    Perturbation,
-    Scratch,
-    Slot,
-    build,
-    forward_of,
-    replaced_forwards,
-)
+from zotuner.perturb.streamed import forward_of, has_own_forward, replaced_forwards
 from zotuner.perturb.watch import Watch
 
 ENGINES = ("streamed", "in-place")
-STACKED_SHARE = 1 / 4  # of the weights' bytes: what "auto" lets the further branches of a stacked forward take
+TOGETHER_SHARE = 1 / 4  # of the weights' bytes: what "auto" lets the activations of further points take
 LIVE = 2  # outputs as wide as the widest that a branch is taken to hold at once
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}  # between stacked and single losses; others: 5e-2
 
@@ -58,6 +55,8 @@ class Perturber:
             code looks at no replaced forward.
         branch_batch: How many points share one forward, if the closure has a parameter `branches`: a number, or
             "auto": as many as keep the activations small beside the weights.
+        branch_threads: How many such forwards run at the same time, on the CPU, each in a thread of its own: a number,
+            or "auto": as many as there are cores, and as keep the activations small beside the weights.
         compute_dtype: torch.bfloat16 multiplies float32 matrices in bfloat16 (`zotuner.perturb.half`), which takes all
             points of a step in one forward (unless `branch_batch` is 1), and so a closure with `branches`;
             None: as the weights are.
@@ -73,12 +72,14 @@ class Perturber:
         *,
         engine: str = "streamed",
         branch_batch: int | str = "auto",
+        branch_threads: int | str = "auto",
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(unknown("engine", engine, ENGINES))
-        if branch_batch != "auto" and not (isinstance(branch_batch, int) and branch_batch >= 1):
-            raise ValueError(f"branch_batch must be 'auto' or a number of at least 1, got {branch_batch!r}")
+        for name, value in (("branch_batch", branch_batch), ("branch_threads", branch_threads)):
+            if value != "auto" and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be 'auto' or a number of at least 1, got {value!r}")
         self._model = model
         if compute_dtype not in (None, torch.bfloat16):
             raise ValueError(f"compute_dtype must be None or torch.bfloat16, got {compute_dtype}")
@@ -105,9 +106,11 @@ class Perturber:
         self._walker = _Walker(blocks) if in_place and not small else None
         self._copied: set[nn.Parameter] = set(self._params) if in_place else set()
         self._watched = in_place
-        self._scratch = Scratch()
-        self._branch_batch = 1 if in_place else branch_batch
-        self._checked = False  # that a stacked forward gives what single ones give
+        self._current = Current()
+        self._scratches: defaultdict[int, Scratch] = defaultdict(Scratch)  # of each lane
+        self._branch_batch = branch_batch
+        self._branch_threads = branch_threads
+        self._checked = False  # that points evaluated together give what they give alone
         self._widest = 0  # bytes of the largest output of a module, for one branch
 
     def loss(
@@ -127,23 +130,25 @@ class Perturber:
         if self._walker is not None:
             return [self._walker.loss(closure, point) for point in points]
         last = None if self._watched else self._watch(closure, points[-1])
-        size = self._group(closure, len(points))
-        if size == 1:
-            first = points if last is None else points[:-1]
-            return [self._forward(closure, [point])[0] for point in first] + ([] if last is None else [last])
-        try:
-            groups = [points[i : i + size] for i in range(0, len(points), size)]
-            losses = [loss for group in groups for loss in self._forward(closure, group)]
-        except (CannotStackError, RuntimeError) as error:
-            if self._checked and isinstance(error, RuntimeError):  # nothing that stacking is to blame for
-                raise
-            return self._one_by_one(closure, points, str(error))
-        if not self._checked:
-            last = self._forward(closure, points[-1:])[0] if last is None else last
-            if not self._agree(losses[-1], last):
-                return self._one_by_one(closure, points, f"the same loss came out as {losses[-1]} and as {last}")
-            self._checked = math.isfinite(last)
-        return losses
+        plan = self._plan(closure, len(points))
+        with self._replaced():
+            if all(group == [1] for group in plan):
+                first = points if last is None else points[:-1]
+                return [self._forward(closure, [point])[0] for point in first] + ([] if last is None else [last])
+            try:
+                losses = self._together(closure, points, plan)
+            except (CannotStackError, RuntimeError) as error:
+                if self._checked and isinstance(
+                    error, RuntimeError
+                ):  # nothing that evaluating together is to blame for
+                    raise
+                return self._one_by_one(closure, points, str(error))
+            if not self._checked:
+                last = self._forward(closure, points[-1:])[0] if last is None else last
+                if not self._agree(losses[-1], last):
+                    return self._one_by_one(closure, points, f"the same loss came out as {losses[-1]} and as {last}")
+                self._checked = math.isfinite(last)
+            return losses
 
     def settle(self) -> None:
         """Takes the weights home, if they walked."""
@@ -169,13 +174,16 @@ class Perturber:
         """
         if point is None:
             return None
-        with Watch(self._params) as watch, self._perturbed([point], watch):
-            value = _value(closure())
+        before = _attributes(self._model)
+        with Watch(self._params) as watch, self._replaced():
+            value = self._forward(closure, [point], watch=watch)[0]
         self._watched, self._widest = True, watch.widest
+        if _changed(before, _attributes(self._model)):  # by a forward: threads would meet in it
+            self._branch_threads = 1
         if not watch.seen:
             return value
         self._copied = set(watch.seen)
-        self._branch_batch = 1
+        self._branch_batch = self._branch_threads = 1
         warnings.warn(
             f"{len(watch.seen)} parameters are read outside their module's forward: they are perturbed in place, "
             f"with a copy of {sum(p.numel() for p in watch.seen):,} elements kept for the time of a forward, "
@@ -185,13 +193,9 @@ class Perturber:
         return None
 
     def _one_by_one(self, closure: Closure, points: Sequence[Perturbation | None], why: str) -> list[float]:
-        """The losses without stacking, now and, if the closure gives them, from now on."""
-        size, self._branch_batch = self._branch_batch, 1
-        try:
-            losses = self.losses(closure, points)
-        except BaseException:
-            self._branch_batch = size
-            raise
+        """The losses one after the other, now and, if the closure gives them, from now on."""
+        losses = [self._forward(closure, [point])[0] for point in points]
+        self._branch_batch = self._branch_threads = 1
         warnings.warn(f"perturbations cannot share a forward of this model: {why}; each gets its own", stacklevel=4)
         return losses
 
@@ -203,45 +207,80 @@ class Perturber:
         within = 5e-2 if self._half else AGREEMENT.get(smallest, 5e-2)
         return abs(stacked - single) <= within * (1 + abs(single))
 
-    def _group(self, closure: Closure, count: int) -> int:
-        """How many of `count` points go into one forward."""
-        if self._branch_batch == 1 or count == 1 or not _takes_branches(closure):
-            return 1
+    def _plan(self, closure: Closure, count: int) -> list[list[int]]:
+        """How many of `count` points each forward takes, and which forwards run side by side; see `lanes.arrange`."""
+        if count == 1 or not _takes_branches(closure):
+            return arrange(count, 1, 1)
         if self._half:
-            return count
-        if isinstance(self._branch_batch, int):
-            return min(self._branch_batch, count)
+            return arrange(count, 1, 1 if self._branch_batch == 1 else count)
         weights = sum(p.nbytes for p in self._pieces)
-        fit = 1 + int(weights * STACKED_SHARE / (LIVE * max(1, self._widest)))
-        return math.ceil(count / math.ceil(count / min(fit, count)))  # groups of one size, as near as can be
+        fit = 1 + int(weights * TOGETHER_SHARE / (LIVE * max(1, self._widest)))
+        size = self._branch_batch if isinstance(self._branch_batch, int) else fit
+        lanes = self._branch_threads if isinstance(self._branch_threads, int) else fit
+        lanes = min(lanes, torch.get_num_threads()) if self._can_share_cores() else 1
+        if self._branch_batch == "auto":
+            size = max(1, fit // lanes)
+        return arrange(count, lanes, size)
 
-    def _forward(self, closure: Closure, group: Sequence[Perturbation | None]) -> list[float]:
+    def _can_share_cores(self) -> bool:
+        """Whether forwards may run side by side."""
+        return (
+            can_run_side_by_side()
+            and all(param.device.type == "cpu" for param in self._pieces)
+            and not any(has_own_forward(slot.module) for slot in self._slots)
+        )
+
+    def _together(
+        self, closure: Closure, points: Sequence[Perturbation | None], plan: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """The losses as a plan has it."""
+        losses: list[float] = []
+        left = iter(points)
+        for sizes in plan:
+            groups = [list(islice(left, size)) for size in sizes]
+            tasks = [partial(self._forward, closure, group, lane) for lane, group in enumerate(groups)]
+            losses += [loss for found in side_by_side(tasks) for loss in found]
+        return losses
+
+    def _forward(
+        self, closure: Closure, group: Sequence[Perturbation | None], lane: int = 0, watch: Watch | None = None
+    ) -> list[float]:
         """The losses of one forward."""
-        with self._perturbed(group):
-            if len(group) == 1:
-                return [_value(closure())]
-            return _values(closure(branches=len(group)), len(group))
+        if group == [None]:
+            return [_value(closure())]
+        evaluation = Evaluation(group, self._scratches[lane], watch, self._half)
+        with self._current.at(evaluation), self._moved_copies(group[0]):
+            return [_value(closure())] if len(group) == 1 else _values(closure(branches=len(group)), len(group))
 
     @contextmanager
-    def _perturbed(self, points: Sequence[Perturbation | None], watch: Watch | None = None) -> Iterator[None]:
-        """Lets every module's forward run at some points."""
-        if points == [None]:
-            yield
-            return
-        evaluation = Evaluation(points, self._scratch, watch, self._half)
+    def _moved_copies(self, point: Perturbation | None) -> Iterator[None]:
+        """What is read outside its module is at a point for a while, in place."""
         with ExitStack() as stack:
             for param in self._copied:
                 stack.callback(param.data.copy_, param.detach().clone())
-                build(Slot(nn.Module(), "", param, self._pieces[param]), points[0], out=param.detach())  # type: ignore[arg-type]
-            by_module: dict[nn.Module, list[Slot]] = {}
-            for slot in self._slots:
-                if slot.param not in self._copied:
-                    by_module.setdefault(slot.module, []).append(slot)
-            forwards = [(module, forward_of(module, slots, evaluation)) for module, slots in by_module.items()]
-            # a closure may run the model on several batches, which differ in size
-            stack.callback(self._model.register_forward_pre_hook(evaluation.begin).remove)
-            stack.enter_context(replaced_forwards(forwards))
+                assert point is not None
+                build(Slot(nn.Module(), "", param, self._pieces[param]), point, out=param.detach())  # type: ignore[arg-type]
             yield
+
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """Lets every module's forward run where the calling thread's evaluation is."""
+        by_module: dict[nn.Module, list[Slot]] = {}
+        for slot in self._slots:
+            if slot.param not in self._copied:
+                by_module.setdefault(slot.module, []).append(slot)
+        forwards = [(module, forward_of(module, slots, self._current)) for module, slots in by_module.items()]
+        begin = self._model.register_forward_pre_hook(self._begin)
+        try:
+            with replaced_forwards(forwards):
+                yield
+        finally:
+            begin.remove()
+
+    def _begin(self, *_: object) -> None:
+        """The model starts on a batch; a closure may run it on several, which differ in size."""
+        if self._current.evaluation is not None:
+            self._current.evaluation.rows = None
 
 
 class _Walker:
@@ -291,6 +330,21 @@ class _Walker:
         ]
         self._at = None
         shift(self._blocks, draw, home)
+
+
+Attributes = dict[nn.Module, dict[str, object]]
+
+
+def _attributes(model: nn.Module) -> Attributes:
+    """What each module holds by name, parameters and children aside, and buffers too."""
+    return {module: {**vars(module), **module._buffers} for module in model.modules()}
+
+
+def _changed(before: Attributes, after: Attributes) -> bool:
+    """Whether a module holds something else than before."""
+    return any(
+        held.get(name, after) is not value for module, held in before.items() for name, value in after[module].items()
+    )
 
 
 def _takes_branches(closure: Closure) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zotuner.blocks import Piece, Weight
-from zotuner.perturb.streamed import Perturbation, Scratch, Slot, chunk_numel, row_spans
+from zotuner.perturb.slot import Perturbation, Scratch, Slot
 from zotuner.quantized import QuantizedLinear, QuantizedMatrix, QuantizedPiece
 
 
@@ -24,8 +24,8 @@ class StoredSlot(Slot):
     def chunks(self, scratch: Scratch) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) at theta, float32, in scratch."""
         width = self.param.shape[1]
-        buffer = scratch.take(chunk_numel(self.param.shape), self.param)  # type: ignore[arg-type]
-        for first, last in row_spans(*self.param.shape):
+        buffer = scratch.take(self.chunk_numel, self.param)  # type: ignore[arg-type]
+        for first, last in self.spans:
             yield first, self.param.rows(first, last, buffer[: (last - first) * width].view(-1, width))
         scratch.give([buffer])
 
@@ -34,19 +34,19 @@ class StoredSlot(Slot):
         for first, rows in self.chunks(scratch):
             torch.mm(x, rows.to(x.dtype).t(), out=out[:, first : first + len(rows)])
 
-    def hold(self, point: Perturbation, scratch: Scratch) -> list[Tensor]:
-        """The module's own forward runs at a point from now on; takes no scratch."""
+    def hold(self, holder: nn.Module, point: Perturbation, scratch: Scratch) -> list[Tensor]:
+        """The holder's own forward runs at a point from now on; takes no scratch."""
 
         def perturb(rows: Tensor, first: int) -> None:
             for number, piece in self.pieces:
                 piece.perturb(rows, first, point.draw, point.alphas[number], number)
 
-        self.module.perturb = perturb
+        holder.perturb = perturb  # type: ignore[assignment]
         return []
 
-    def release(self) -> None:
+    def release(self, holder: nn.Module) -> None:
         """And at theta again."""
-        self.module.perturb = None
+        holder.perturb = None  # type: ignore[assignment]
 
 
 def slot_of(module: nn.Module, name: str, weight: Weight, pieces: tuple[tuple[int, Piece], ...]) -> Slot:
