@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zotuner.blocks import find_blocks
 from zotuner.optim import FZOO, MeZO
 from zotuner.perturb import Perturber
-from zotuner.perturb.lanes import arrange, deal, side_by_side
+from zotuner.perturb.lanes import arrange, deal, side_by_side, spread
 
 
 @pytest.fixture(autouse=True)
@@ -190,3 +190,20 @@ def test_blocks_are_dealt_so_that_no_lane_waits_long() -> None:
     assert deal("abc", [10, 1, 1], 4) == [["a", "b", "c"]]  # whoever takes the largest is the last in any case
     assert sorted(map(sorted, deal("abcdef", [1] * 6, 3))) == [["a", "d"], ["b", "e"], ["c", "f"]]
     assert deal("", [], 2) == [[]]
+
+
+def test_what_is_spread_comes_back_in_order() -> None:
+    sizes = [3 << 20, 1, 5 << 20, 2 << 20]
+    threads: set[int] = set()
+
+    def name(item: str) -> str:
+        threads.add(threading.get_ident())
+        return item.upper()
+
+    assert spread(name, "abcd", sizes) == ["A", "B", "C", "D"]
+    assert len(threads) == 2  # the largest has half of it all
+    threads.clear()
+    assert spread(name, "abcd", sizes, cores=1) == ["A", "B", "C", "D"]
+    assert spread(name, "abcd", [1, 2, 3, 4]) == ["A", "B", "C", "D"]  # not worth a thread
+    assert threads == {threading.get_ident()}
+    assert spread(name, "", []) == []

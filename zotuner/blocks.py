@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotuner import noise
 from zotuner.errors import unknown
 
 GRANULARITIES = ("block", "layer")
@@ -256,25 +257,12 @@ def moments(block: Block) -> tuple[float, float]:
     """Mean and unbiased variance over a block's elements; one element has variance 0."""
     total = square = 0.0
     for tensor in (part for piece in block.pieces for part in piece.parts()):
-        mean, variance = _mean_and_variance(tensor)
-        total += mean * tensor.numel()
-        square += (variance + mean**2) * tensor.numel()
+        some, squares = noise.sums(tensor)
+        total += some
+        square += squares
     mean = total / block.numel
     spread = max(0.0, square - block.numel * mean**2)
     return mean, spread / (block.numel - 1) if block.numel > 1 else 0.0
-
-
-def _mean_and_variance(tensor: Tensor) -> tuple[float, float]:
-    """Mean and population variance. Two reductions at memory speed serve unless they would cancel."""
-    if tensor.dtype.itemsize < 4:
-        tensor = tensor.float()
-    if tensor.is_contiguous():
-        flat = tensor.view(-1)
-        mean, square = float(flat.sum()) / flat.numel(), float(torch.dot(flat, flat)) / flat.numel()
-        if square > 4 * mean**2:
-            return mean, square - mean**2
-    variance, mean_ = torch.var_mean(tensor, correction=0)
-    return float(mean_), float(variance)
 
 
 def pieces_of(blocks: Sequence[Block]) -> Iterator[tuple[int, Piece]]:

@@ -90,6 +90,9 @@ class FinetuneConfig(Config):
     branch_batch: int | Literal["auto"] = Field(
         "auto", description="losses of a step that one forward evaluates; auto: what little memory allows"
     )
+    branch_threads: int | Literal["auto"] = Field(
+        "auto", description="such forwards that run at the same time, each with its share of the cores; auto: likewise"
+    )
     quantize: Literal[4, 8] | None = Field(
         None, description="bits of the linear layers' weights while they are tuned: 8 or 4; not for adam"
     )
@@ -105,7 +108,7 @@ class FinetuneConfig(Config):
     def _digits(cls, value: Any) -> Any:
         return int(value) if isinstance(value, str) and value.isdecimal() else value
 
-    @field_validator("branch_batch")
+    @field_validator("branch_batch", "branch_threads")
     @classmethod
     def _at_least_one(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:

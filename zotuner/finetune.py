@@ -59,7 +59,7 @@ class ZOStepper:
 
     def __init__(self, config: FinetuneConfig, model: Any, tuner: Tuner | None) -> None:
         assert config.lr is not None
-        shared = ("lr", "eps", "noise", "seed", "rank", "factors", "engine", "branch_batch")
+        shared = ("lr", "eps", "noise", "seed", "rank", "factors", "engine", "branch_batch", "branch_threads")
         common: dict[str, Any] = {name: getattr(config, name) for name in shared}
         common["compute_dtype"] = compute_dtype(model.device) if config.dtype == "auto" else None
         self.optimizer: ZOOptimizer

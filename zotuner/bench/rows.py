@@ -74,6 +74,8 @@ def _adamw(work: Workload, lr: float) -> Step:
     return step
 
 
+SINGLE = {"branch_batch": 1, "branch_threads": 1}  # one forward after the other
+THREADS = {"branch_batch": 1, "branch_threads": 2}  # two at a time, whatever memory that takes
 HALF = {"compute_dtype": torch.bfloat16}
 EIGHT = partial(FZOO, num_perturbations=N)
 
@@ -82,6 +84,8 @@ EIGHT = partial(FZOO, num_perturbations=N)
 ROWS: tuple[Row, ...] = (
     Row("forward", 1, _forward),
     Row("mezo rademacher", 2, _ours(MeZO, noise="rademacher"), "official mezo"),
+    Row("mezo rademacher single", 2, _ours(MeZO, noise="rademacher", **SINGLE), "official mezo", "mezo rademacher"),
+    Row("mezo rademacher threads", 2, _ours(MeZO, noise="rademacher", **THREADS), "official mezo", "mezo rademacher"),
     Row("zo-finetuner rademacher", 2, _tuned("rademacher"), "official mezo", "mezo rademacher"),
     Row("mezo rademacher bf16", 2, _ours(MeZO, noise="rademacher", **HALF), "official mezo", "mezo rademacher"),
     Row("mezo gaussian", 2, _ours(MeZO, noise="gaussian"), "official mezo"),
@@ -92,7 +96,8 @@ ROWS: tuple[Row, ...] = (
     Row("mezo low-rank in-place", 2, _ours(MeZO, noise="low-rank", engine="in-place"), "official mezo"),
     Row("official mezo", 2, _official("OfficialMeZO")),
     Row("fzoo rademacher", N + 1, _ours(EIGHT, noise="rademacher"), "official fzoo"),
-    Row("fzoo rademacher single", N + 1, _ours(EIGHT, branch_batch=1), "official fzoo", "fzoo rademacher"),
+    Row("fzoo rademacher single", N + 1, _ours(EIGHT, **SINGLE), "official fzoo", "fzoo rademacher"),
+    Row("fzoo rademacher threads", N + 1, _ours(EIGHT, **THREADS), "official fzoo", "fzoo rademacher"),
     Row("fzoo rademacher bf16", N + 1, _ours(EIGHT, **HALF), "official fzoo", "fzoo rademacher"),
     Row("fzoo low-rank", N + 1, _ours(EIGHT, noise="low-rank"), "official fzoo"),
     Row("fzoo rademacher in-place", N + 1, _ours(EIGHT, noise="rademacher", engine="in-place"), "official fzoo"),

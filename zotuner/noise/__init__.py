@@ -8,6 +8,7 @@ the order, the chunking, the process or the device. The global random state is n
     add      the same into another tensor
     add_rows the same for some rows of a matrix
     dot      <g, z>
+    sums     of a tensor's elements and of their squares, by the kernels' own order
 """
 
 import functools
@@ -21,7 +22,7 @@ from torch import Tensor
 from zotuner.noise import philox
 from zotuner.noise.philox import KINDS, check_range
 
-__all__ = ["KINDS", "VERSION", "add", "add_", "add_rows", "dot", "round_to_", "round_to_integers_", "sample"]
+__all__ = ["KINDS", "VERSION", "add", "add_", "add_rows", "dot", "round_to_", "round_to_integers_", "sample", "sums"]
 
 VERSION = 1  # of the map from coordinates to z; a recorded run can be replayed by this version alone
 CHUNK = 1 << 20  # elements of z held at once where a fused kernel does not apply
@@ -249,6 +250,20 @@ def dot(g: Tensor, *, kind: str, seed: int, step: int, block: int, start: int = 
         z = _draw(kind, at, start + low, start + high, g.device)
         total += float((g.detach()[rows].to(work).reshape(-1) * z.to(work)).sum(dtype=torch.float64))
     return total
+
+
+def sums(tensor: Tensor) -> tuple[float, float]:
+    """(sum of x, sum of x^2) over all elements, in float64.
+
+    On the CPU the order of the additions is fixed, whatever the number of threads, so that a replay finds them again.
+    """
+    tensor = _plain(tensor)
+    if tensor.device.type == "cpu" and tensor.numel():
+        from zotuner.noise import cpu
+
+        return cpu.sums(tensor.to(torch.float32).contiguous())
+    wide = tensor.double()
+    return float(wide.sum()), float(wide.square().sum())
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from zotuner.noise.philox import CALLS, KINDS, MULTIPLIERS, ROUNDS, TILE, WEYL, WHOLE, Address
 
 GRAIN = 128 * TILE  # elements; the unit of work a thread takes, and the size below which one thread does all
+SUMS = 128  # running sums side by side, so that vector units have work
 LANES = 128  # calls that are made at once, so that vector units have work
 RADEMACHER = KINDS.index("rademacher")
 SIGN_CALLS = CALLS["rademacher"]
@@ -253,6 +254,33 @@ def _dot(partial, g, start, kind, c1, c2, c3, k0, k1):  # type: ignore[no-untype
         partial[grain] = _dot_range(g[low - start : high - start], low, kind, c1, c2, c3, k0, k1)
 
 
+@jit
+def _sums_range(x):  # type: ignore[no-untyped-def]
+    """(sum of x, sum of x^2) in float64: `SUMS` running sums, element i goes to number i mod `SUMS`."""
+    sums, squares, whole = np.zeros(SUMS), np.zeros(SUMS), x.size // SUMS * SUMS
+    for i in range(0, whole, SUMS):
+        part = x[i : i + SUMS]
+        for j in range(SUMS):
+            value = np.float64(part[j])
+            sums[j] += value
+            squares[j] += value * value
+    total = square = 0.0
+    for j in range(SUMS):
+        total += sums[j]
+        square += squares[j]
+    for i in range(whole, x.size):
+        value = np.float64(x[i])
+        total += value
+        square += value * value
+    return total, square
+
+
+def _sums(partial, x):  # type: ignore[no-untyped-def]
+    """partial[j] = the sums over the j-th grain."""
+    for grain in prange(-(-x.size // GRAIN)):
+        partial[grain, 0], partial[grain, 1] = _sums_range(x[grain * GRAIN : (grain + 1) * GRAIN])
+
+
 def _round(values, drop, start, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """Rounds float32 to one of the two neighbours that the smaller type has, up with the probability that is unbiased.
 
@@ -296,7 +324,9 @@ def _pair(kernel: Any) -> tuple[Any, Any]:
     return jit(kernel), njit(parallel=True, **OPTIONS)(twin)
 
 
-_SAMPLE, _ADD, _ADD_ROWS, _DOT, _ROUND = (_pair(kernel) for kernel in (_sample, _add, _add_rows, _dot, _round))
+_SAMPLE, _ADD, _ADD_ROWS, _DOT, _SUMS, _ROUND = (
+    _pair(kernel) for kernel in (_sample, _add, _add_rows, _dot, _sums, _round)
+)
 
 
 _ALL_THREADS = Lock()  # one parallel kernel at a time: not every pool of threads that numba may use can take two
@@ -352,3 +382,10 @@ def dot(g: Tensor, kind: str, at: Address, start: int) -> float:
     partial = np.zeros(g.numel() // GRAIN + 2)
     _run(_DOT, g.numel(), partial, g.view(-1).numpy(), start, *_unpack(kind, at))
     return float(partial.sum())
+
+
+def sums(x: Tensor) -> tuple[float, float]:
+    """The sum of x and that of x^2 over a contiguous float32 CPU tensor, the same bits whatever the threads."""
+    partial = np.zeros((-(-x.numel() // GRAIN), 2))
+    _run(_SUMS, x.numel(), partial, x.numpy().reshape(-1))
+    return float(partial[:, 0].sum()), float(partial[:, 1].sum())

@@ -24,7 +24,7 @@ class FZOO(ZOOptimizer):
         num_perturbations: N, at least 2; a step costs N + 1 forwards.
         noise: "rademacher" (the paper's), "gaussian" or "low-rank".
         seed: Of the noise.
-        **options: `granularity`, `rank`, `factors`, `engine`, `branch_batch`, `compute_dtype`: see `ZOOptimizer`.
+        **options: `granularity`, how low-rank noise is made, and where losses are evaluated: see `ZOOptimizer`.
 
     Example:
         >>> opt = FZOO(model, lr=1e-4, num_perturbations=8)

@@ -19,7 +19,7 @@ class MeZO(ZOOptimizer):
         eps: Size of a perturbation.
         noise: "gaussian" (the paper's), "rademacher" or "low-rank".
         seed: Of the noise.
-        **options: `granularity`, `rank`, `factors`, `engine`, `branch_batch`, `compute_dtype`: see `ZOOptimizer`.
+        **options: `granularity`, how low-rank noise is made, and where losses are evaluated: see `ZOOptimizer`.
 
     Example:
         >>> opt = MeZO(model, lr=1e-6)

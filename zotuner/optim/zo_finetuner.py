@@ -11,6 +11,7 @@ from zotuner.blocks import Block, moments
 from zotuner.optim.base import Estimator, ZOOptimizer
 from zotuner.optim.estimators import TwoPoint
 from zotuner.pertnn import normalize
+from zotuner.perturb import spread
 from zotuner.tuner import Tuner
 
 
@@ -23,7 +24,8 @@ def features_of(blocks: Sequence[Block], loss_prev: tuple[float, float], sigma_p
         sigma_prev: (n,) raw scales of the step before, 1 at the first.
     """
     with record_function("zotuner::statistics"):
-        rows = [(*loss_prev, sigma, *moments(block)) for block, sigma in zip(blocks, sigma_prev, strict=True)]
+        found = spread(moments, blocks, [block.numel for block in blocks])
+        rows = [(*loss_prev, sigma, *pair) for pair, sigma in zip(found, sigma_prev, strict=True)]
     return torch.tensor(rows, dtype=torch.float32)
 
 
@@ -70,7 +72,7 @@ class ZOFineTuner(ZOOptimizer):
         normalized: sigma~ = sigma sqrt(d / sum_j d_j sigma_j^2); without it sigma~ = sigma. None: as the
             tuner was trained.
         estimator: `TwoPoint()`, or `OneSided(N)` for FZOO's estimator with learned scales.
-        **options: `rank`, `factors`, `engine`, `branch_batch`, `compute_dtype`: see `ZOOptimizer`.
+        **options: How low-rank noise is made, and where losses are evaluated: see `ZOOptimizer`.
 
     Raises:
         ZotunerError: The tuner was made for other blocks; names the first that differ.

@@ -10,6 +10,7 @@ engine      `Perturber`: which losses are evaluated how
 
 from zotuner.perturb.draw import Draw, shift
 from zotuner.perturb.engine import ENGINES, Closure, Perturber
+from zotuner.perturb.lanes import spread
 from zotuner.perturb.slot import Perturbation
 
-__all__ = ["ENGINES", "Closure", "Draw", "Perturbation", "Perturber", "shift"]
+__all__ = ["ENGINES", "Closure", "Draw", "Perturbation", "Perturber", "shift", "spread"]

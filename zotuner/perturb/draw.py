@@ -7,7 +7,6 @@ low rank   z = A B^T / sqrt(r) in each matrix of m rows and n columns: A (m, r) 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from zotuner import noise
 from zotuner.blocks import Block, Piece, pieces_of
 from zotuner.noise.philox import MAX_ELEMENTS
-from zotuner.perturb.lanes import deal, side_by_side
+from zotuner.perturb.lanes import spread
 
 FACTORS = MAX_ELEMENTS // 2  # where the elements that factors are made of begin; below lie those of plain noise
 
@@ -118,11 +117,10 @@ def shift(blocks: Sequence[Block], draw: Draw, alphas: Sequence[Sequence[float]]
     On the CPU each core takes blocks of its own.
     """
 
-    def move(pieces: Sequence[tuple[int, Piece]]) -> None:
-        for number, piece in pieces:
-            piece.move(draw, alphas[number], number, rounding)
+    def move(numbered: tuple[int, Piece]) -> None:
+        number, piece = numbered
+        piece.move(draw, alphas[number], number, rounding)
 
     pieces = list(pieces_of(blocks))
     on_cpu = all(piece.param.device.type == "cpu" for _, piece in pieces)
-    shares = deal(pieces, [piece.numel for _, piece in pieces], torch.get_num_threads() if on_cpu else 1)
-    side_by_side([partial(move, share) for share in shares])
+    spread(move, pieces, [piece.numel for _, piece in pieces], None if on_cpu else 1)

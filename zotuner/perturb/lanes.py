@@ -9,11 +9,15 @@ import heapq
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
 import torch
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+LANE = 1 << 20  # elements that are worth a thread
 
 
 def arrange(count: int, lanes: int, size: int) -> list[list[int]]:
@@ -35,18 +39,6 @@ def arrange(count: int, lanes: int, size: int) -> list[list[int]]:
     return ([[1] * left] if left else []) + [[each] * lanes for each in sizes]
 
 
-def deal(items: Sequence[T], sizes: Sequence[int], lanes: int) -> list[list[T]]:
-    """Deals items to lanes, at most so many, that all carry about the same: the largest items first."""
-    lanes = max(1, min(lanes, sum(sizes) // max(1, max(sizes, default=1))))
-    shares: list[list[T]] = [[] for _ in range(lanes)]
-    load = [(0, lane) for lane in range(lanes)]
-    for size, item in sorted(zip(sizes, items, strict=True), key=lambda pair: -pair[0]):
-        carried, lane = heapq.heappop(load)
-        shares[lane].append(item)
-        heapq.heappush(load, (carried + size, lane))
-    return shares
-
-
 def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """Runs tasks at the same time, the first in the calling thread; an error of one is raised when all have ended."""
     if len(tasks) == 1:
@@ -66,6 +58,38 @@ def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
             return [first, *(other.result() for other in others)]
     finally:
         torch.set_num_threads(cores)
+
+
+def spread(work: Callable[[S], T], items: Sequence[S], sizes: Sequence[int], cores: int | None = None) -> list[T]:
+    """What `work` gives for each item, in their order; each core takes items of its own, if there is enough to do.
+
+    Args:
+        work: Done by one thread.
+        items: In any number.
+        sizes: Elements of each item.
+        cores: Threads at most; None: as many as torch has.
+    """
+    lanes = min(torch.get_num_threads() if cores is None else cores, sum(sizes) // LANE)
+    shares = deal(range(len(items)), sizes, lanes)
+    done = side_by_side([partial(_work, work, items, share) for share in shares])
+    found = dict(pair for pairs in done for pair in pairs)
+    return [found[number] for number in range(len(items))]
+
+
+def _work(work: Callable[[S], T], items: Sequence[S], numbers: Sequence[int]) -> list[tuple[int, T]]:
+    return [(number, work(items[number])) for number in numbers]
+
+
+def deal(items: Sequence[T], sizes: Sequence[int], lanes: int) -> list[list[T]]:
+    """Deals items to lanes, at most so many, that all carry about the same: the largest items first."""
+    lanes = max(1, min(lanes, sum(sizes) // max(1, max(sizes, default=1))))
+    shares: list[list[T]] = [[] for _ in range(lanes)]
+    load = [(0, lane) for lane in range(lanes)]
+    for size, item in sorted(zip(sizes, items, strict=True), key=lambda pair: -pair[0]):
+        carried, lane = heapq.heappop(load)
+        shares[lane].append(item)
+        heapq.heappush(load, (carried + size, lane))
+    return shares
 
 
 def can_run_side_by_side() -> bool:
