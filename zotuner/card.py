@@ -12,7 +12,7 @@ TEMPLATE = """---
 # Tuner for {base_model}
 
 Learned perturbation scales for zeroth-order fine-tuning: {count} PertNNs ({architecture}, granularity
-{granularity}, Frobenius normalisation {normalized}), one a block of the base model, meta-trained on {tasks}.
+{granularity}, Frobenius normalisation {normalized}), one a block of the base model, {origin}.
 Use it on the base model, on its fine-tunes and merges, and on any task, with forward passes only.
 
 ```python
@@ -57,13 +57,23 @@ def card(info: dict[str, Any]) -> str:
         count=len(info["blocks"]),
         architecture=info["architecture"],
         granularity=info["granularity"],
-        normalized="on" if info["normalized"] else "off",
-        tasks=", ".join(info["tasks"]) or "no task yet",
+        normalized=_normalized(info),
+        origin=_origin(info),
         config="\n".join(f"| {key} | {_cell(value)} |" for key, value in info["config"].items()) or "| - | - |",
         base_weights_sha256=info["base_weights_sha256"] or "not recorded",
         versions=", ".join(f"{name} {number}" for name, number in info["versions"].items()),
         notes=info["notes"] or "Not compared with anything yet.",
     )
+
+
+def _normalized(info: dict[str, Any]) -> str:
+    rows = info["embedding_rows"]
+    return ("on" if rows is None else f"on with {rows} rows an embedding table") if info["normalized"] else "off"
+
+
+def _origin(info: dict[str, Any]) -> str:
+    imported = info["config"].get("imported_from")
+    return f"imported from {imported}" if imported else f"meta-trained on {', '.join(info['tasks']) or 'no task yet'}"
 
 
 def _cell(value: object) -> str:

@@ -27,7 +27,7 @@ from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
 from zotuner.files import check_out, claim_out
 from zotuner.metrics import MetricsLog, write_json
-from zotuner.models import load_model, weights_sha256
+from zotuner.models import known_as, load_model, weights_sha256
 from zotuner.objective import Objective
 from zotuner.optim.estimators import TwoPoint
 from zotuner.optim.zo_finetuner import features_of
@@ -127,7 +127,7 @@ class MetaTrainer:
     def __init__(self, model: nn.Module, tuner: Tuner, config: MetaTrainConfig) -> None:
         self.blocks = find_blocks(model, tuner.granularity)
         self._tuner, self._config = tuner, config
-        self._numels = torch.tensor([block.numel for block in self.blocks])
+        self._numels = tuner.numels_for(model, self.blocks)
         self._perturber = Perturber(model, self.blocks)
         self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
         self._loss_prev = (0.0, 0.0)
@@ -212,7 +212,7 @@ def meta_train(config: MetaTrainConfig, display: Display) -> Tuner:
             config.seed,
             granularity=config.granularity,
             normalized=config.normalized,
-            base_model=Path(config.model).name if Path(config.model).exists() else config.model,
+            base_model=known_as(config.model),
             base_weights_sha256=weights_sha256(model),
             tasks=config.tasks,
             config=config.model_dump(mode="json", exclude={"out", "data_dir", "overwrite"}, exclude_none=True)

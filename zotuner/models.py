@@ -133,6 +133,11 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def known_as(name: str | Path) -> str:
+    """What a tuner records as its base model: the name, or of a folder or file the last part of its path."""
+    return Path(name).name if Path(name).exists() else str(name)
+
+
 def cache_dir() -> Path:
     """Where converted models are kept: `ZOTUNER_CACHE`, or the user's cache folder."""
     return Path(os.environ.get("ZOTUNER_CACHE") or user_cache_dir("zotuner"))

@@ -12,13 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from zotuner.blocks import Block, find_blocks, moments
+from zotuner.blocks import Block, Piece, find_blocks, moments
 from zotuner.card import card
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 from zotuner.pertnn import FEATURES, HIDDEN, FeatureSpec, PertNNBank
 
 WEIGHTS, DESCRIPTION, CARD = "tuner.safetensors", "tuner.json", "README.md"
+MOST_ROWS = 1 << 31  # of an embedding table
 SHOWN = 3  # blocks named when a tuner does not fit a model
 
 
@@ -65,6 +66,7 @@ class TunerInfo(BaseModel):
     architecture: Literal["abs", "exp"]
     granularity: Literal["block", "layer"] = "block"
     normalized: bool = True
+    embedding_rows: int | None = Field(None, ge=1, le=MOST_ROWS)
     blocks: tuple[BlockInfo, ...] = Field(min_length=1)
     features: FeatureInfo
     tasks: tuple[str, ...] = ()
@@ -169,6 +171,24 @@ class Tuner:
             )
         return torch.tensor([self._position[block.name] for block in blocks])
 
+    def numels_for(self, model: nn.Module, blocks: Sequence[Block]) -> Tensor:
+        """What the normalisation counts of each block, d_i: (n,) int64.
+
+        That is its number of elements; but where `embedding_rows` is set, a table of an `nn.Embedding` counts with so
+        many rows, whatever it has.
+
+        Args:
+            model: Whose modules say which parameters are embedding tables, tied ones too.
+            blocks: Of it.
+        """
+        rows = self.info.embedding_rows
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+        def counted(piece: Piece) -> int:
+            return piece.numel if rows is None or id(piece.param) not in tables else rows * piece.param.shape[1]
+
+        return torch.tensor([sum(counted(piece) for piece in block.pieces) for block in blocks])
+
     @torch.no_grad()
     def scales(
         self,
@@ -184,7 +204,8 @@ class Tuner:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / WEIGHTS, save({k: v.contiguous() for k, v in self.bank.state_dict().items()}))
-        write_atomically(folder / DESCRIPTION, self.info.model_dump_json(indent=2) + "\n")
+        optional = {"embedding_rows"} if self.info.embedding_rows is None else None  # older versions do not know it
+        write_atomically(folder / DESCRIPTION, self.info.model_dump_json(indent=2, exclude=optional) + "\n")
         write_atomically(folder / CARD, card(self.info.model_dump()))
 
     @classmethod

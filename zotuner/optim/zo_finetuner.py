@@ -34,15 +34,16 @@ class Learned:
 
     Args:
         tuner: Frozen.
+        model: The module to tune.
         blocks: Of the model; each must be one of the tuner's.
         normalized: Keep the Frobenius budget.
     """
 
-    def __init__(self, tuner: Tuner, blocks: Sequence[Block], normalized: bool = True) -> None:
+    def __init__(self, tuner: Tuner, model: nn.Module, blocks: Sequence[Block], normalized: bool = True) -> None:
         self._tuner = tuner
         self._blocks = blocks
         self._nets = tuner.nets_for(blocks)
-        self._numels = torch.tensor([block.numel for block in blocks])
+        self._numels = tuner.numels_for(model, blocks)
         self._normalized = normalized
 
     def scales(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,9 @@ class ZOFineTuner(ZOOptimizer):
             noise=noise,
             seed=seed,
             estimator=estimator or TwoPoint(),
-            scale=lambda blocks: Learned(tuner, blocks, tuner.info.normalized if normalized is None else normalized),
+            scale=lambda blocks: Learned(
+                tuner, model, blocks, tuner.info.normalized if normalized is None else normalized
+            ),
             granularity=tuner.granularity,
             **options,
         )
