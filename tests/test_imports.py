@@ -11,9 +11,9 @@ PACKAGE = Path(zotuner.__file__).parent
 
 # A module may import from layers below its own, and within its layer from those named before it.
 LAYERS = [
-    ["errors", "files", "noise", "blocks", "config", "metrics"],
-    ["quantized", "pertnn", "perturb", "card"],
-    ["tuner", "optim", "tasks", "models", "ledger"],
+    ["errors", "files", "noise", "blocks", "config", "metrics", "pickled"],
+    ["quantized", "pertnn", "perturb", "card", "pth"],
+    ["tuner", "optim", "tasks", "models", "ledger", "published"],
     ["batch", "objective", "evaluate", "progress"],
     ["trajectory", "finetune", "meta"],
     ["report", "bench", "demo", "cli", "__main__"],

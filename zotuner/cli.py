@@ -1,4 +1,4 @@
-"""The command line: `zotuner finetune | meta-train | report | bench | demo | tasks`."""
+"""The command line: `zotuner finetune | meta-train | tuner | report | bench | demo | tasks`."""
 
 import argparse
 import os
@@ -46,13 +46,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"zotuner {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, formatter_class=RichHelpFormatter)
+    def add(name: str, run: Any, text: str, group: Any = commands) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = group.add_parser(
+            name, help=text, description=text, formatter_class=RichHelpFormatter
+        )
         command.set_defaults(run=run)
         return command
 
     _add_options(add("finetune", _finetune, "fine-tune a model on a task by one method"), FinetuneConfig)
     _add_options(add("meta-train", _meta_train, "meta-train a tuner for a base model"), MetaTrainConfig)
+    actions = add("tuner", None, "import tuners").add_subparsers(required=True, metavar="ACTION")
+    _add_import_options(add("import", _tuner_import, "read a published tuner (.pth), running no code of it", actions))
     report = add("report", _report, "show runs side by side")
     report.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="finished runs")
     report.add_argument("--plot", type=Path, metavar="FILE", help="write the loss curves as PNG")
@@ -63,6 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench_options(add("bench", _bench, "measure what a step of each method costs"))
     add("tasks", _tasks, "list the tasks")
     return parser
+
+
+def _add_import_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a dict from parameter names to nets, by torch.save")
+    parser.add_argument("--base", required=True, metavar="MODEL", help="name, folder or Hub id of its base (required)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the tuner (required)")
+    rows = "rows of an embedding table that the normalisation counts; the published code: 15 x batch size (all)"
+    parser.add_argument("--embedding-rows", type=_count, metavar="N", help=rows)
+    parser.add_argument("--overwrite", action="store_true", help="replace a tuner in --out (off)")
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +171,15 @@ def _meta_train(arguments: argparse.Namespace) -> None:
     from zotuner.progress import Display
 
     meta_train(config, Display())
+
+
+def _tuner_import(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.published import check_tuner_out, import_tuner, write_tuner
+
+    check_tuner_out(arguments.out, arguments.overwrite)
+    imported = import_tuner(arguments.file, arguments.base, embedding_rows=arguments.embedding_rows)
+    print("\n".join(write_tuner(imported, arguments.out)))
 
 
 def _report(arguments: argparse.Namespace) -> None:

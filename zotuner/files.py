@@ -49,6 +49,20 @@ def is_run(folder: Path) -> bool:
     return all((folder / mark).is_file() for mark in RUN_MARKS)
 
 
+def is_vacant(out: Path, what: str) -> bool:
+    """Whether a folder for a "run" or "tuner" is empty, or can be made.
+
+    Raises:
+        ZotunerError: There is a file in its place, or in that of a folder above it.
+    """
+    if out.exists() and not out.is_dir():
+        raise ZotunerError(f"{out}: expected a folder for the {what}, found a file; choose another --out")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ZotunerError(f"{out}: cannot be made, since {above} is a file; choose another --out")
+    return not out.is_dir() or not any(out.iterdir())
+
+
 def check_out(out: Path, overwrite: bool, inputs: Sequence[Path | None] = ()) -> None:
     """Refuses an output folder that holds something, unless it is a run that may be overwritten.
 
@@ -60,12 +74,7 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[Path | None] = ()) ->
     Raises:
         ZotunerError: The folder holds another run, or anything that no run wrote, or an input.
     """
-    if out.exists() and not out.is_dir():
-        raise ZotunerError(f"{out}: expected a folder for the run, found a file; choose another --out")
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise ZotunerError(f"{out}: cannot be made, since {above} is a file; choose another --out")
-    if not out.is_dir() or not any(out.iterdir()):
+    if is_vacant(out, "run"):
         return
     if not is_run(out):
         raise ZotunerError(f"{out}: expected an empty folder or a run, found other files; choose another --out")
