@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,3 +72,31 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tuner_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh tuner of the tiny model, whose scales differ from block to block."""
+    from zotuner.models import load_model
+    from zotuner.tuner import Tuner
+
+    folder = tmp_path_factory.mktemp("tuner")
+    Tuner.for_model(load_model(model_dir)[0], "abs", seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(model_dir: Path, tuner_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of a kind (see `runs`) that nothing disturbed, made once."""
+    from runs import options_of
+    from test_cli import argv_of, call, quick
+
+    folder = tmp_path_factory.mktemp("whole")
+
+    def run(kind: str) -> Path:
+        out = folder / kind
+        if not out.exists():
+            assert call("finetune", *argv_of(quick(model_dir, out, **options_of(kind, tuner_dir)))) == 0
+        return out
+
+    return run

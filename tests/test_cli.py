@@ -31,7 +31,7 @@ ZEROTH_ORDER = ("mezo", "fzoo", "zo-finetuner")
 STEPS = 3
 TOO_LARGE = 5e37  # a learning rate that overflows the weights at the first step
 FORWARDS = {"mezo": 6, "zo-finetuner": 6, "fzoo": 9, "adam": 3, "none": 0}  # of 3 steps; fzoo with 2 perturbations
-COMMANDS = ("finetune", "meta-train", "report", "demo", "tasks", "tuner")
+COMMANDS = ("finetune", "meta-train", "replay", "export", "apply", "report", "demo", "tasks", "tuner")
 
 METRICS_KEYS = {"step", "forwards", "tokens", "seconds", "loss", "lr", "coefficients"}
 SUMMARY_KEYS = {
@@ -96,15 +96,6 @@ def assert_one_error_line(stderr: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def tuner_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh tuner of the tiny model."""
-    folder = tmp_path_factory.mktemp("tuner")
-    model, _ = load_model(model_dir)
-    Tuner.for_model(model, "abs", seed=1).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def runs(model_dir: Path, tuner_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One run of each method, with its model saved."""
     folder = tmp_path_factory.mktemp("runs")
@@ -148,6 +139,8 @@ def test_a_run_directory_holds_its_files_and_no_leftovers(runs: dict[str, Path],
         expected |= {"metrics.jsonl", "evals.jsonl"}
     if method in ZEROTH_ORDER:
         expected |= {"ledger.bin"}
+    if method == "zo-finetuner":
+        expected |= {"scales.jsonl"}
     assert names - {"metrics.jsonl"} == expected - {"metrics.jsonl"}
 
 
@@ -539,7 +532,7 @@ def test_an_incomplete_command_is_one_line(argv: Sequence[str], capsys: pytest.C
 def test_an_interrupt_is_told_and_has_its_own_exit_code(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("zotuner.finetune.finetune", interrupted)

@@ -11,8 +11,8 @@ from tiny import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from zotuner.config import FinetuneConfig
-from zotuner.finetune import AdamStepper, Stepper, Taken, ZOStepper
 from zotuner.objective import Objective
+from zotuner.steppers import AdamStepper, Stepper, Taken, ZOStepper
 from zotuner.tasks import Example, get_task
 from zotuner.tuner import Tuner
 

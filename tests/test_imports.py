@@ -11,11 +11,11 @@ PACKAGE = Path(zotuner.__file__).parent
 
 # A module may import from layers below its own, and within its layer from those named before it.
 LAYERS = [
-    ["errors", "files", "noise", "blocks", "config", "metrics", "pickled"],
+    ["errors", "signals", "files", "noise", "blocks", "config", "metrics", "pickled"],
     ["quantized", "pertnn", "perturb", "card", "pth"],
-    ["tuner", "optim", "tasks", "models", "ledger", "published"],
+    ["tuner", "optim", "tasks", "models", "snapshot", "ledger", "published"],
     ["batch", "objective", "evaluate", "progress"],
-    ["trajectory", "finetune", "meta"],
+    ["trajectory", "steppers", "training", "finetune", "replay", "meta"],
     ["report", "bench", "demo", "cli", "__main__"],
 ]
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}

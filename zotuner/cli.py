@@ -1,19 +1,21 @@
-"""The command line: `zotuner finetune | meta-train | tuner | report | bench | demo | tasks`."""
+"""The command line: `zotuner finetune | meta-train | replay | report | ...`, a command a function."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from rich_argparse import RichHelpFormatter
 
 from zotuner.config import DTYPE, Config, FinetuneConfig, MetaTrainConfig
-from zotuner.errors import ZotunerError
+from zotuner.errors import Interrupted, ZotunerError
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+C = TypeVar("C", bound=Config)
+
+EXIT_BAD_INPUT, EXIT_SIGNAL, EXIT_INTERRUPTED = 2, 128, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Runs a command; returns its exit code: 0, 2 for bad input, 128 + the signal's number where one ended it."""
     # torch's and numba's idle threads would spin against each other, and against whatever else the machine does
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parser().parse_args(argv)
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZotunerError as error:
         print(f"zotuner: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except Interrupted as stop:
+        print(f"zotuner: {stop}", file=sys.stderr)
+        return EXIT_SIGNAL + stop.signum
     except KeyboardInterrupt:
         print("zotuner: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -55,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_options(add("finetune", _finetune, "fine-tune a model on a task by one method"), FinetuneConfig)
     _add_options(add("meta-train", _meta_train, "meta-train a tuner for a base model"), MetaTrainConfig)
+    _add_replay_options(add("replay", _replay, "rebuild a run's model from its base and its ledger, without data"))
+    export = add("export", _export, "write a finished run's ledger as a small file to share")
+    export.add_argument("folder", type=Path, metavar="DIR", help="a finished run of a zeroth-order method")
+    export.add_argument("--out", required=True, type=Path, metavar="FILE", help="name.zoledger (required)")
+    _add_apply_options(add("apply", _apply, "make the model that such a file describes, from its base"))
     actions = add("tuner", None, "import tuners").add_subparsers(required=True, metavar="ACTION")
     _add_import_options(add("import", _tuner_import, "read a published tuner (.pth), running no code of it", actions))
     report = add("report", _report, "show runs side by side")
@@ -67,6 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench_options(add("bench", _bench, "measure what a step of each method costs"))
     add("tasks", _tasks, "list the tasks")
     return parser
+
+
+def _add_replay_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a run of a zeroth-order method, finished or not")
+    parser.add_argument("--out", required=True, type=Path, metavar="MODEL", help="folder for the model (required)")
+    parser.add_argument("--step", type=_count, metavar="N", help="stop after N steps (as the run delivered it)")
+    parser.add_argument("--model", metavar="BASE", help="the base model, if it is elsewhere now")
+    parser.add_argument("--tuner", metavar="TUNER", help="the run's tuner, likewise")
+
+
+def _add_apply_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a .zoledger file")
+    parser.add_argument("--model", required=True, metavar="BASE", help="the base model it was made for (required)")
+    parser.add_argument("--out", required=True, type=Path, metavar="MODEL", help="folder for the model (required)")
+    parser.add_argument("--tuner", metavar="TUNER", help="the run's tuner: folder or Hub id (by the name in the file)")
 
 
 def _add_import_options(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +130,8 @@ def _count(text: str) -> int:
 def _add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
     """One flag a field. Values stay text: the configuration checks and converts them."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML of options; flags win over it")
+    resume = "go on with the run in DIR, which was stopped or killed, by its own options; takes no others"
+    parser.add_argument("--resume", type=Path, metavar="DIR", help=resume)
     for name, field in config.model_fields.items():
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name, "help": _help(field)}
         if field.annotation is bool:
@@ -138,9 +165,18 @@ def _choices(annotation: Any) -> list[str]:
     return found
 
 
-def _config(kind: type[Any], arguments: argparse.Namespace) -> Any:
+def _config(kind: type[C], arguments: argparse.Namespace) -> C:
+    """The options: those of the run to go on with, or those that the flags and the file state."""
     flags = {name: value for name, value in vars(arguments).items() if name in kind.model_fields}
-    return kind.read(arguments.config, flags)
+    if arguments.resume is None:
+        return kind.read(arguments.config, flags)
+    if flags or arguments.config:
+        stated = ["--" + name.replace("_", "-") for name in [*flags, *(["config"] if arguments.config else [])]]
+        raise ZotunerError(f"--resume goes on with the run's own options: leave out {', '.join(stated)}")
+    file = arguments.resume / "config.yaml"
+    if not file.is_file():
+        raise ZotunerError(f"{arguments.resume}: expected a run to go on with, but it has no config.yaml")
+    return kind.read(file, {"out": arguments.resume})
 
 
 def _quiet() -> None:
@@ -160,7 +196,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from zotuner.progress import Display, stdout
     from zotuner.report import table
 
-    finetune(config, Display())
+    finetune(config, Display(), resume=arguments.resume is not None)
     stdout().print(table([config.out]))
 
 
@@ -170,7 +206,31 @@ def _meta_train(arguments: argparse.Namespace) -> None:
     from zotuner.meta import meta_train
     from zotuner.progress import Display
 
-    meta_train(config, Display())
+    meta_train(config, Display(), resume=arguments.resume is not None)
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.progress import Display
+    from zotuner.replay import read_recorded, rebuild
+
+    options = {"base": arguments.model, "tuner": arguments.tuner, "step": arguments.step}
+    print(rebuild(read_recorded(arguments.folder), arguments.out, Display(), **options))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from zotuner.replay import export, read_recorded
+
+    print(export(read_recorded(arguments.folder), arguments.out))
+
+
+def _apply(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.progress import Display
+    from zotuner.replay import read_recorded, rebuild
+
+    options = {"base": arguments.model, "tuner": arguments.tuner}
+    print(rebuild(read_recorded(arguments.file), arguments.out, Display(), **options))
 
 
 def _tuner_import(arguments: argparse.Namespace) -> None:

@@ -12,9 +12,11 @@ from pydantic_core import PydanticCustomError
 
 from zotuner.errors import ZotunerError, unknown
 
-METHODS = ("zo-finetuner", "fzoo", "mezo", "adam", "none")
+ZEROTH_ORDER = ("zo-finetuner", "fzoo", "mezo")
+METHODS = (*ZEROTH_ORDER, "adam", "none")
 # The best of a grid on SST-2 with SmolLM2-135M-Instruct (docs/results.md; adam: not searched); search around them.
 DEFAULT_LR = {"zo-finetuner": 4e-5, "mezo": 4e-5, "fzoo": 4e-3, "adam": 1e-5}
+SAVE_EVERY = {"zeroth-order": 500, "first-order": 50}  # a ledger repeats a step at the cost of its update alone
 DEFAULT_NOISE = {"fzoo": "rademacher"}  # the papers' choices; gaussian for the others
 KIND = Literal["gaussian", "rademacher"]
 NOISE = Literal["gaussian", "rademacher", "low-rank"]
@@ -39,6 +41,9 @@ class Config(BaseModel):
     )
     train_size: int = Field(1000, ge=1, description="training examples drawn by the seed")
     max_skipped: int = Field(10, ge=1, description="stop after so many steps in a row whose loss is not finite")
+    save_every: int | None = Field(
+        None, ge=1, description="steps between snapshots, which bound what --resume repeats; default: by program"
+    )
     max_length: int = Field(1024, ge=2, description="tokens; longer prompts lose their beginning")
 
     @field_validator("*", mode="before")
@@ -79,9 +84,9 @@ class FinetuneConfig(Config):
     lr: float | None = Field(None, gt=0, allow_inf_nan=False, description=f"learning rate; by method: {DEFAULT_LR}")
     lr_schedule: Literal["constant", "linear"] = Field("constant", description="linear: to 0 over the run")
     micro_batch_size: int | None = Field(None, ge=1, description="examples a forward at most; default: the whole batch")
-    num_perturbations: int = Field(8, ge=2, description="N of FZOO; a step costs N + 1 forwards")
+    num_perturbations: int = Field(8, ge=2, le=1 << 15, description="N of FZOO; a step costs N + 1 forwards")
     noise: NOISE | None = Field(None, description="gaussian, or rademacher (fzoo's default)")
-    rank: int = Field(1, ge=1, description="of low-rank noise")
+    rank: int = Field(1, ge=1, le=1 << 16, description="of low-rank noise")
     factors: KIND = Field("rademacher", description="distribution of low-rank noise's factors")
     engine: Literal["streamed", "in-place"] = Field(
         "streamed",
@@ -96,6 +101,10 @@ class FinetuneConfig(Config):
     quantize: Literal[4, 8] | None = Field(
         None, description="bits of the linear layers' weights while they are tuned: 8 or 4; not for adam"
     )
+    clip: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="scale coefficients down to so many running standard deviations"
+    )
+    sync_every: int = Field(1, ge=1, description="steps after which the ledger is synced to the disk")
     compile: bool = Field(False, description="run torch.compile's code for the layers, in a few static lengths")
     dev_size: int | None = Field(None, ge=1, description="development examples; the task's own number by default")
     eval_size: int = Field(1000, ge=1, description="evaluation examples")
@@ -132,6 +141,7 @@ class FinetuneConfig(Config):
             "lr": self.lr if self.lr is not None else DEFAULT_LR.get(self.method),
             "noise": self.noise or DEFAULT_NOISE.get(self.method, "gaussian"),
             "eval_every": self.eval_every or max(1, -(-self.steps // 5)),
+            "save_every": self.save_every or SAVE_EVERY["first-order" if self.method == "adam" else "zeroth-order"],
         }
         for name, value in fill.items():
             object.__setattr__(self, name, value)

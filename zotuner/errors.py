@@ -1,4 +1,4 @@
-"""The one exception of the project: something outside the program is wrong, and its user can put it right."""
+"""The exceptions of the project: something outside the program is wrong, or asks it to stop."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,14 @@ from collections.abc import Iterable
 
 class ZotunerError(Exception):
     """What was expected, what came and what to do, in one line. The command line prints it and exits with 2."""
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error: a run that was asked to stop has stopped)
+    """A signal ended a run cleanly. The command line prints the text and exits with 128 + the signal's number."""
+
+    def __init__(self, text: str, signum: int) -> None:
+        super().__init__(text)
+        self.signum = signum
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from zotuner.errors import ZotunerError
 
+LOCK, OWNER = ".lock", ".owner"  # in a run's folder: held by the process that writes to it, and who that is
 RUN_MARKS = ("config.yaml", "metrics.jsonl")  # a folder that holds both is a run's
 
 
@@ -28,6 +32,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """Sees to it that a file, or what a folder lists, outlives the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def built_aside(target: Path) -> Iterator[Path]:
     """A folder to fill: it appears as `target`, in place of what was there, when the block ends well, and only then."""
@@ -36,9 +49,12 @@ def built_aside(target: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.chmod(0o755)
+        for path in [*aside.rglob("*"), aside]:
+            sync(path)
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -60,7 +76,44 @@ def is_vacant(out: Path, what: str) -> bool:
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ZotunerError(f"{out}: cannot be made, since {above} is a file; choose another --out")
-    return not out.is_dir() or not any(out.iterdir())
+    return not out.is_dir() or all(path.name in (LOCK, OWNER) for path in out.iterdir())
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The folder of a run belongs to this process for a while; the system ends the claim of a process that dies.
+
+    A folder that was made for it goes again, if nothing came into it.
+
+    Raises:
+        ZotunerError: Another process writes to it, or it cannot be written.
+    """
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ZotunerError(f"{out}: {_owner(out)} is writing to it; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise ZotunerError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
+    try:
+        write_atomically(out / OWNER, f"{os.getpid()} {socket.gethostname()}\n")
+        yield
+    finally:
+        (out / OWNER).unlink(missing_ok=True)
+        (out / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if made and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _owner(out: Path) -> str:
+    try:
+        pid, host = (out / OWNER).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return "another process"
+    return f"process {pid}" if host == socket.gethostname() else f"process {pid} on {host}"
 
 
 def check_out(out: Path, overwrite: bool, inputs: Sequence[Path | None] = ()) -> None:
@@ -86,14 +139,14 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[Path | None] = ()) ->
 
 
 def claim_out(out: Path, overwrite: bool, config: str) -> None:
-    """Makes the output folder, or empties it, after `check_out`; writes the marks of a run, `config.yaml` first."""
+    """Empties a `locked` output folder, after `check_out`; writes the marks of a run, `config.yaml` first."""
     check_out(out, overwrite)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in out.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            else:
+            elif path.name not in (LOCK, OWNER):
                 path.unlink()
         write_atomically(out / RUN_MARKS[0], config)
         (out / RUN_MARKS[1]).touch()

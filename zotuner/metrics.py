@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -23,6 +25,18 @@ def jsonable(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Writes one JSON document, whole or not at all."""
     write_atomically(path, json.dumps(jsonable(value), indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of one JSON document.
+
+    Raises:
+        ZotunerError: It cannot be read, or is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ZotunerError(f"{path}: expected JSON: {error}") from None
 
 
 class MetricsLog:
@@ -47,8 +61,24 @@ class MetricsLog:
         self._file.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Cuts a file of rows before the first that is not to be kept, or is cut short, and returns those that stay.
+
+    A file that is not there has none.
+    """
+    if not path.exists():
+        return []
+    rows = list(takewhile(keep, read_rows(path, torn_end=True)))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def read_rows(path: Path, *, torn_end: bool = False) -> list[dict[str, Any]]:
     """All rows of a file of JSON lines.
+
+    Args:
+        path: The file.
+        torn_end: Drop a last line that is cut short: a program that was killed, or is writing now, leaves one.
 
     Raises:
         ZotunerError: The file is missing or a line is no JSON object; names the line.
@@ -60,7 +90,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ZotunerError(f"{path}: expected a UTF-8 text file of JSON lines: {error}") from None
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    lines = text.split("\n")
+    if torn_end and not _is_json(lines[-1]):  # behind the last newline: "" if the last line is whole
+        del lines[-1]
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -71,3 +104,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise ZotunerError(f"{path}, line {number}: expected one JSON object, got {line[:60]!r}")
         rows.append(row)
     return rows
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True

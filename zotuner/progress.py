@@ -29,17 +29,17 @@ def stdout() -> Console:
 class Bar:
     """One piece of work of known length."""
 
-    def __init__(self, display: "Display", title: str, total: int) -> None:
+    def __init__(self, display: "Display", title: str, total: int, done: int) -> None:
         self._display = display
         self._title, self._total = title, total
-        self._done = 0
+        self._done = self._before = done
         self._started = self._printed = time.monotonic()
-        self._task = display.live.add_task(title, total=total, status="") if display.live else None
+        self._task = display.live.add_task(title, total=total, completed=done, status="") if display.live else None
 
     def advance(self, count: int = 1, status: str = "") -> None:
         """Notes that `count` more units are done."""
         self._done += count
-        rate = self._done / max(1e-9, time.monotonic() - self._started)
+        rate = (self._done - self._before) / max(1e-9, time.monotonic() - self._started)
         memory = psutil.Process().memory_info().rss / 2**30
         text = f"{status}  {rate:.2f}/s  {memory:.2f} GiB".strip()
         if self._display.live and self._task is not None:
@@ -83,9 +83,9 @@ class Display:
         """Prints one line above the bars."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def bar(self, title: str, total: int) -> Bar:
-        """Starts a bar."""
-        return Bar(self, title, total)
+    def bar(self, title: str, total: int, done: int = 0) -> Bar:
+        """Starts a bar; `done` units were done before."""
+        return Bar(self, title, total, done)
 
     def __enter__(self) -> Self:
         if self.live:

@@ -5,7 +5,7 @@
 A trajectory can be recorded (batches and losses always, weights on request) and visited again without walking it.
 """
 
-import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from zotuner.errors import ZotunerError
-from zotuner.metrics import MetricsLog, read_rows
+from zotuner.metrics import MetricsLog, keep_rows, read_rows
 from zotuner.models import check_weights, keep_weights, restore_weights
-from zotuner.tasks import Example
+from zotuner.snapshot import optimizer_groups, optimizer_tensors, restore_optimizer
+from zotuner.tasks import Example, digest
 
 MOMENTUM = 0.9  # of SGD
 ROWS, START = "points.jsonl", "start.safetensors"
@@ -41,11 +42,6 @@ class Point:
     position: int
     task: str
     examples: tuple[Example, ...]
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """What tells one batch from another: SHA-256 of its texts and labels, shortened."""
-    return hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:16]
 
 
 def first_order(name: Literal["adam", "sgd"], model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -88,31 +84,49 @@ class Walk:
     ) -> None:
         self._model, self._loss, self._train, self._folder = model, loss, train, folder
         self._make = lambda: first_order(optimizer, model, lr)
+        self._optimizer = self._make()
         self._reset_every, self._batch_size, self._seed = reset_every, batch_size, seed
         self._snapshot_every = snapshot_every
 
-    def points(self, count: int) -> Iterator[Point]:
-        """Yields each point with the model at it, and takes the step to the next when asked for that."""
-        self._folder.mkdir(parents=True)
-        keep_weights(self._model, self._folder / START)
-        try:
-            yield from self._walk(count)
-        finally:
-            (self._folder / START).unlink()
+    def points(self, count: int, start: int = 0) -> Iterator[Point]:
+        """Yields each point from `start` on with the model at it, and takes the step to the next when asked for that.
 
-    def _walk(self, count: int) -> Iterator[Point]:
-        optimizer = self._make()
+        After `restore`, it goes on with a walk that was left at `start`.
+        """
+        kept = self._folder / START
+        if start == 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+            keep_weights(self._model, kept)
+        else:
+            check_weights(self._model, kept)
+        keep_rows(self._folder / ROWS, lambda row: row["number"] < start)
+        yield from self._walk(count, start)
+
+    def close(self) -> None:
+        """The walk is over for good: its starting weights go."""
+        (self._folder / START).unlink(missing_ok=True)
+
+    def state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """What the next step stands on, beside the weights: the optimizer's tensors, and its options and numbers."""
+        return optimizer_tensors(self._optimizer), optimizer_groups(self._optimizer)
+
+    def restore(self, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+        """Takes back what `state` gave."""
+        restore_optimizer(self._optimizer, groups, tensors)
+
+    def _walk(self, count: int, start: int) -> Iterator[Point]:
         with MetricsLog(self._folder / ROWS) as rows:
-            for number in range(count):
+            for number in range(start, count):
                 position = number % self._reset_every
                 if number and position == 0:
                     restore_weights(self._model, self._folder / START)
-                    optimizer = self._make()
+                    self._optimizer = self._make()
                 task, chosen = self._batch(number)
                 snapshot = self._snapshot(number)
                 point = Point(number, position, task, tuple(self._train[task][i] for i in chosen))
                 yield point
-                loss = self._step(optimizer, point)
+                loss = self._step(self._optimizer, point)
                 rows.write(
                     number=number,
                     position=position,
@@ -174,9 +188,19 @@ class Recorded:
                     "drawn now; pass the --tasks, --data-dir, --train-size and --seed that the record was made with"
                 )
 
-    def points(self, count: int) -> Iterator[Point]:
-        """Yields `count` points with the model at each."""
-        for number in range(count):
+    def state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """As of a `Walk`; visiting stands on nothing."""
+        return {}, []
+
+    def restore(self, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+        """As of a `Walk`."""
+
+    def close(self) -> None:
+        """As of a `Walk`; what was recorded stays."""
+
+    def points(self, count: int, start: int = 0) -> Iterator[Point]:
+        """Yields the points from `start` up to `count` with the model at each."""
+        for number in range(start, count):
             row = self._rows[number % len(self._rows)]
             restore_weights(self._model, self._folder / row["snapshot"])
             examples = tuple(self._train[row["task"]][i] for i in row["examples"])

@@ -1,5 +1,6 @@
 """The tuner: trained PertNNs as an artefact, a folder of `tuner.safetensors`, `tuner.json` and a model card."""
 
+import hashlib
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -199,11 +200,21 @@ class Tuner:
         raw: Tensor = self.bank(self.spec(features.float()), nets)
         return raw
 
+    def sha256(self) -> str:
+        """Of all that the scales follow from: the nets' weights and what `tuner.json` says of their use."""
+        used = {"architecture", "granularity", "normalized", "embedding_rows", "blocks", "features"}
+        text = self.info.model_dump_json(include=used)
+        return hashlib.sha256(text.encode() + self._packed()).hexdigest()
+
+    def _packed(self) -> bytes:
+        """The nets' weights as safetensors."""
+        return bytes(save({k: v.contiguous() for k, v in self.bank.state_dict().items()}))
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the three files, each atomically."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS, save({k: v.contiguous() for k, v in self.bank.state_dict().items()}))
+        write_atomically(folder / WEIGHTS, self._packed())
         optional = {"embedding_rows"} if self.info.embedding_rows is None else None  # older versions do not know it
         write_atomically(folder / DESCRIPTION, self.info.model_dump_json(indent=2, exclude=optional) + "\n")
         write_atomically(folder / CARD, card(self.info.model_dump()))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zotuner.blocks import Block, find_blocks
 from zotuner.errors import unknown
 from zotuner.noise import KINDS
+from zotuner.optim.clip import clipped
 from zotuner.optim.estimators import OneSided, TwoPoint
 from zotuner.perturb import Closure, Draw, Perturbation, Perturber
 
@@ -33,6 +34,7 @@ class StepInfo:
             modules calls the closure once more, to find out.)
         scales: The normalised sigma~ (n,) float64, or None where every block has scale 1.
         skipped: A loss was not finite: no update was made.
+        clipped: The coefficients are smaller than the losses say, see `zotuner.optim.clip`.
     """
 
     step: int
@@ -41,6 +43,7 @@ class StepInfo:
     forwards: int
     scales: Tensor | None
     skipped: bool
+    clipped: bool = False
 
 
 class Scale(Protocol):
@@ -72,6 +75,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         branch_batch: How many losses of a step one forward evaluates, or "auto"; see there.
         branch_threads: How many such forwards run at the same time, or "auto"; see there.
         compute_dtype: torch.bfloat16 for matrix products in it over float32 weights; see there.
+        clip: Scale coefficients down to so many of their running standard deviations; None: never.
 
     Raises:
         ValueError: An argument out of its range, or no trainable parameter.
@@ -94,6 +98,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         branch_batch: int | str = "auto",
         branch_threads: int | str = "auto",
         compute_dtype: torch.dtype | None = None,
+        clip: float | None = None,
     ) -> None:
         if not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"lr must be a number that is not negative, got {lr}")
@@ -105,6 +110,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise ValueError(unknown("kind of factors", factors, KINDS))
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
+        if clip is not None and not (math.isfinite(clip) and clip > 0):
+            raise ValueError(f"clip must be a positive number of standard deviations, got {clip}")
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         self.blocks = find_blocks(model, granularity)
@@ -114,7 +121,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             group |= {"rank": rank, "factors": factors}
         super().__init__([group], {"lr": lr, "eps": eps})
         self.last: StepInfo | None = None
-        self._estimator = estimator
+        self._estimator, self._clip = estimator, clip
         self._scale = None if scale is None else scale(self.blocks)
         self._perturber = Perturber(
             model,
@@ -139,6 +146,40 @@ class ZOOptimizer(torch.optim.Optimizer):
             The mean of loss_plus and loss_minus (two-point) or l_0 (one-sided). Where a loss is not finite, the
             weights stay as they are, `last.skipped` is set, and what came is returned.
         """
+        state = self._begin()
+        losses = tuple(self._perturber.losses(closure, state.points))
+        return self._end(state, losses)
+
+    @torch.no_grad()
+    def replay(self, losses: Sequence[float]) -> float:
+        """One step whose losses are known from a record of it: no forward, and bit for bit the same weights after it.
+
+        Args:
+            losses: As `last.losses` gave them.
+
+        Returns:
+            What `step` returned.
+
+        Raises:
+            ValueError: Another number of losses than a step has.
+        """
+        state = self._begin()
+        if len(losses) != len(state.points):
+            raise ValueError(f"a step of this method has {len(state.points)} losses, got {len(losses)}")
+        self._perturber.visit(state.points)
+        self._opt_called = True  # where torch's schedulers look for a step before theirs
+        return self._end(state, tuple(losses))
+
+    @torch.no_grad()
+    def learn_model(self, closure: Closure) -> None:
+        """Finds out, by one loss, what the first step finds out about the model; changes nothing.
+
+        How many losses of a step are evaluated together, and so their last bits, hangs on it.
+        """
+        self._perturber.learn_model(closure, self._begin().points)
+
+    def _begin(self) -> "_Begun":
+        """Where the losses of the next step are to be evaluated."""
         group = self.param_groups[0]
         found = None if self._scale is None else self._scale.scales(group)
         sigma = [1.0] * len(self.blocks) if found is None else found[1].tolist()
@@ -149,11 +190,17 @@ class ZOOptimizer(torch.optim.Optimizer):
             Perturbation(at.branched(branch), [factor * s for s in sigma]) if factor else None
             for branch, factor in self._estimator.points(group["eps"])
         ]
-        losses = tuple(self._perturber.losses(closure, points))
-        coefficients = self._estimator.coefficients(losses, group["eps"])
+        return _Begun(at, sigma, found, points)
+
+    def _end(self, begun: "_Begun", losses: tuple[float, ...]) -> float:
+        """From the losses to the update, and to what the next step is told."""
+        group, found = self.param_groups[0], begun.found
+        raw = coefficients = self._estimator.coefficients(losses, group["eps"])
         skipped = not all(math.isfinite(x) for x in (*losses, *coefficients))
+        if self._clip is not None and not skipped:
+            coefficients = clipped(coefficients, self._clip, group)
         if not skipped and any(coefficients):
-            self._perturber.update(at, [[-group["lr"] * c * s for c in coefficients] for s in sigma])
+            self._perturber.update(begun.at, [[-group["lr"] * c * s for c in coefficients] for s in begun.sigma])
         else:
             self._perturber.settle()
         if found is not None and not skipped:
@@ -161,5 +208,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             group["loss_prev"] = self._estimator.pair(losses)
         group["step"] += 1
         scales = None if found is None else found[1]
-        self.last = StepInfo(at.step, losses, coefficients, len(losses), scales, skipped)
+        was_clipped = not skipped and coefficients != raw
+        self.last = StepInfo(begun.at.step, losses, coefficients, len(losses), scales, skipped, was_clipped)
         return self._estimator.reported(losses)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step before its losses are known."""
+
+    at: Draw
+    sigma: list[float]
+    found: tuple[Tensor, Tensor] | None
+    points: list[Perturbation | None]

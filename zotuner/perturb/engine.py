@@ -129,7 +129,7 @@ class Perturber:
         """L at each point; None is theta itself. `settle` or `update` must follow: a walk ends at its last point."""
         if self._walker is not None:
             return [self._walker.loss(closure, point) for point in points]
-        last = None if self._watched else self._watch(closure, points[-1])
+        last = self.learn_model(closure, points)
         plan = self._plan(closure, len(points))
         with self._replaced():
             if all(group == [1] for group in plan):
@@ -149,6 +149,16 @@ class Perturber:
                     return self._one_by_one(closure, points, f"the same loss came out as {losses[-1]} and as {last}")
                 self._checked = math.isfinite(last)
             return losses
+
+    def learn_model(self, closure: Closure, points: Sequence[Perturbation | None]) -> float | None:
+        """Watches the model evaluate the last point, once; returns the loss, if it was watched now and is right."""
+        return None if self._watched else self._watch(closure, points[-1])
+
+    def visit(self, points: Sequence[Perturbation | None]) -> None:
+        """Takes the weights where `losses` would leave them, without evaluating anything."""
+        if self._walker is not None:
+            for point in points:
+                self._walker.move(point)
 
     def settle(self) -> None:
         """Takes the weights home, if they walked."""

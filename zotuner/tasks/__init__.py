@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from zotuner.errors import ZotunerError, unknown
-from zotuner.tasks.base import Example, Splits, Task, batches
+from zotuner.tasks.base import Example, Splits, Task, batches, digest
 from zotuner.tasks.copa import Copa, DemoCopa
 from zotuner.tasks.sst2 import DemoSentiment, Sst2
 
-__all__ = ["TASKS", "Example", "Splits", "Task", "batches", "get_task"]
+__all__ = ["TASKS", "Example", "Splits", "Task", "batches", "digest", "get_task"]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Copa, Sst2, DemoCopa, DemoSentiment)}
 

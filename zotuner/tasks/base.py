@@ -1,5 +1,6 @@
 """What a task is: where its rows come from, and how a row becomes a prompt with candidates."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,11 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator
         for start in range(0, len(order), batch_size):
             yield [examples[i] for i in order[start : start + batch_size]]
         epoch += 1
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """What tells one batch from another: SHA-256 of its texts and labels, shortened."""
+    return hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:16]
 
 
 def _shuffled(rows: list[Row], random: np.random.Generator) -> list[Row]:

@@ -1,0 +1,111 @@
+"""Steps of every method that fine-tunes, with one face: taken on batches, or repeated from a record."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotuner.batch import Batch
+from zotuner.config import FinetuneConfig
+from zotuner.ledger import Record
+from zotuner.models import compute_dtype
+from zotuner.objective import Objective, shares
+from zotuner.optim import FZOO, MeZO, ZOFineTuner, ZOOptimizer
+from zotuner.trajectory import first_order
+from zotuner.tuner import Tuner
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one step cost and gave."""
+
+    loss: float
+    lr: float
+    forwards: int
+    coefficients: tuple[float, ...]
+    losses: tuple[float, ...]
+    skipped: bool
+    clipped: bool = False
+    scales: Tensor | None = None  # (n,) the normalised sigma~
+
+
+class ZOStepper:
+    """Steps of a zeroth-order method."""
+
+    def __init__(self, config: FinetuneConfig, model: Any, tuner: Tuner | None) -> None:
+        assert config.lr is not None
+        shared = (
+            *("lr", "eps", "noise", "seed", "rank", "factors"),
+            *("engine", "branch_batch", "branch_threads", "clip"),
+        )
+        common: dict[str, Any] = {name: getattr(config, name) for name in shared}
+        common["compute_dtype"] = compute_dtype(model.device) if config.dtype == "auto" else None
+        self.optimizer: ZOOptimizer
+        if config.method == "mezo":
+            self.optimizer = MeZO(model, **common)
+        elif config.method == "fzoo":
+            self.optimizer = FZOO(model, num_perturbations=config.num_perturbations, **common)
+        else:
+            assert tuner is not None
+            self.optimizer = ZOFineTuner(model, tuner, **common)
+        self._model = model
+
+    @torch.no_grad()
+    def __call__(self, objective: Objective, batches: Sequence[Batch]) -> Taken:
+        """One step on the examples of all batches together."""
+
+        def closure(branches: int = 1) -> Tensor:
+            return objective.mean_loss(self._model, batches, branches)
+
+        return self._taken(self.optimizer.step(closure))
+
+    def replay(self, record: Record) -> Taken:
+        """The step that was recorded, without a forward."""
+        self.optimizer.param_groups[0]["lr"] = record.lr
+        return self._taken(self.optimizer.replay(record.losses))
+
+    def _taken(self, loss: float) -> Taken:
+        info, lr = self.optimizer.last, float(self.optimizer.param_groups[0]["lr"])
+        assert info is not None
+        return Taken(loss, lr, info.forwards, info.coefficients, info.losses, info.skipped, info.clipped, info.scales)
+
+    @torch.no_grad()
+    def learn_model(self, objective: Objective, batches: Sequence[Batch]) -> None:
+        """What the first step finds out about the model, by one loss of its batch: a run that is resumed asks again."""
+        self.optimizer.learn_model(lambda: objective.mean_loss(self._model, batches))
+
+
+class AdamStepper:
+    """Steps of first-order Adam, the upper bound that backpropagation buys. Its backward counts as no forward."""
+
+    def __init__(self, config: FinetuneConfig, model: Any) -> None:
+        assert config.lr is not None
+        self.optimizer = first_order("adam", model, config.lr)
+        self._model = model
+
+    def __call__(self, objective: Objective, batches: Sequence[Batch]) -> Taken:
+        """One step on the examples of all batches together."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.zero_grad()
+        value = 0.0
+        for batch, share in zip(batches, shares(batches), strict=True):
+            loss = share * objective.loss(self._model, batch)
+            value += float(loss.detach())
+            loss.backward()
+        finite = math.isfinite(value)
+        if finite:
+            self.optimizer.step()
+        return Taken(value, lr, 1, (), (value,), not finite)
+
+
+Stepper = ZOStepper | AdamStepper
+
+
+def stepper_for(config: FinetuneConfig, model: Any, tuner: Tuner | None) -> Stepper | None:
+    """The steps of a configuration's method; None for "none"."""
+    if config.method == "none":
+        return None
+    return AdamStepper(config, model) if config.method == "adam" else ZOStepper(config, model, tuner)
