@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from zotuner.errors import ZotunerError, unknown
-from zotuner.files import RUN_MARKS, built_aside, check_out, claim_out, write_atomically
+from zotuner.files import RUN_MARKS, built_aside, check_out, claim_out, locked, write_atomically
 from zotuner.ledger import MAGIC, MAX_HEADER, Ledger, Record, read_ledger
-from zotuner.metrics import MetricsLog, jsonable, read_rows
+from zotuner.metrics import MetricsLog, jsonable, keep_rows, read_rows
 
 HEADER = {"method": "mezo", "seed": 3, "losses": 2}
 RECORDS = tuple(Record(step, 1e-6 / (step + 1), (0.5 + step, 0.25 - step)) for step in range(5))
@@ -442,3 +442,55 @@ def test_twenty_thousand_mezo_steps_stay_below_half_a_megabyte(ledger_path: Path
     came = read_ledger(ledger_path)[1]
     assert len(came) == 20_000
     assert came[-1].step == 19_999
+
+
+# ------------------------------------------------------------------------------------------------- going on with files
+
+
+def test_a_ledger_goes_on_behind_its_last_whole_record(ledger_path: Path) -> None:
+    write_ledger(ledger_path)
+    whole = ledger_path.read_bytes()
+    for cut in range(1, MEZO_RECORD):
+        ledger_path.write_bytes(whole[:-cut])
+        with Ledger(ledger_path, None) as ledger:
+            assert tuple(ledger.records) == RECORDS[:-1]
+            ledger.write(RECORDS[-1].step, RECORDS[-1].lr, RECORDS[-1].losses)
+        assert ledger_path.read_bytes() == whole
+
+
+def test_a_ledger_is_synced_as_often_as_asked_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    with Ledger(tmp_path / "ledger.bin", HEADER, sync_every=3) as ledger:
+        monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+        start = (tmp_path / "ledger.bin").stat().st_size
+        for step in range(7):
+            ledger.write(step, 1.0, (1.0, 2.0))
+    assert synced == [start + n * MEZO_RECORD for n in (3, 6, 7)]
+
+
+def test_rows_are_cut_before_the_first_that_is_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert keep_rows(path, lambda _: True) == []
+    assert not path.exists()
+    path.write_text('{"step": 0, "loss": 0.1}\n{"step": 1, "loss": null}\n{"step": 2}\n{"step": 3, "lo')
+    assert keep_rows(path, lambda row: row["step"] < 9) == [
+        {"step": 0, "loss": 0.1},
+        {"step": 1, "loss": None},
+        {"step": 2},
+    ]
+    assert path.read_text() == '{"step": 0, "loss": 0.1}\n{"step": 1, "loss": null}\n{"step": 2}\n'
+    assert keep_rows(path, lambda row: row["step"] != 1) == [{"step": 0, "loss": 0.1}]
+    assert path.read_text() == '{"step": 0, "loss": 0.1}\n'
+
+
+def test_a_lock_is_refused_to_others_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with locked(out):
+        assert out.is_dir()
+        with pytest.raises(ZotunerError, match=f"process {os.getpid()} is writing to it"), locked(out):
+            pass
+        (out / "work").write_text("x")
+    assert [path.name for path in out.iterdir()] == ["work"]
+    with pytest.raises(RuntimeError), locked(tmp_path / "failed"):
+        raise RuntimeError
+    assert not (tmp_path / "failed").exists()
