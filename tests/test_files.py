@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from zotuner.errors import ZotunerError, unknown
 from zotuner.files import RUN_MARKS, built_aside, check_out, claim_out, locked, write_atomically
@@ -494,3 +496,31 @@ def test_a_lock_is_refused_to_others_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), locked(tmp_path / "failed"):
         raise RuntimeError
     assert not (tmp_path / "failed").exists()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_is_done_to_a_ledger_it_is_read_or_refused_in_one_line(ledger_path: Path, data: st.DataObject) -> None:
+    ledger_path.unlink(missing_ok=True)
+    whole, _ = write_ledger(ledger_path)
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(damaged) - 1))
+        kind = data.draw(st.sampled_from(["set", "cut", "double"]))
+        if kind == "set":
+            damaged[place] = data.draw(st.integers(0, 255))
+        elif kind == "cut":
+            del damaged[place : place + data.draw(st.integers(1, 40))]
+            damaged += b"" if damaged else b"x"
+        else:
+            damaged[place:place] = damaged[place : place + data.draw(st.integers(1, 40))]
+    ledger_path.write_bytes(damaged)
+    header, records, refusal = {"losses": 2}, [], str(ledger_path)
+    try:
+        header, records = read_ledger(ledger_path)
+    except ZotunerError as error:
+        refusal = str(error)
+    assert header["losses"] == 2
+    assert set(records) <= set(RECORDS)
+    assert str(ledger_path) in refusal
+    assert "\n" not in refusal
