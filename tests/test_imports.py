@@ -15,7 +15,7 @@ LAYERS = [
     ["quantized", "pertnn", "perturb", "card", "pth"],
     ["tuner", "optim", "tasks", "models", "snapshot", "ledger", "published"],
     ["batch", "objective", "evaluate", "progress"],
-    ["trajectory", "steppers", "training", "finetune", "replay", "meta"],
+    ["trajectory", "steppers", "training", "finetune", "replay", "meta", "meta_train"],
     ["report", "bench", "demo", "cli", "__main__"],
 ]
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}

@@ -244,10 +244,10 @@ META = {
     "in an outer step": ("meta", "module.MetaTrainer", "update", 5, True),
     "after an outer step": ("meta", "module.MetaTrainer", "update", 6, False),
     "in a first-order step": ("trajectory", "module.Walk", "_step", 4, True),
-    "before a snapshot": ("meta", "module", "take", 2, True),
-    "after a snapshot": ("meta", "module", "take", 2, False),
+    "before a snapshot": ("meta_train", "module", "take", 2, True),
+    "after a snapshot": ("meta_train", "module", "take", 2, False),
     "before any snapshot": ("meta", "module.MetaTrainer", "update", 2, True),
-    "before the tuner": ("meta", "module.Tuner", "save_pretrained", 1, True),
+    "before the tuner": ("meta_train", "module.Tuner", "save_pretrained", 1, True),
 }
 META_OPTIONS = {"steps": 8, "reset_every": 3}
 

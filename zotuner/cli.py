@@ -203,7 +203,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 def _meta_train(arguments: argparse.Namespace) -> None:
     config = _config(MetaTrainConfig, arguments)
     _quiet()
-    from zotuner.meta import meta_train
+    from zotuner.meta_train import meta_train
     from zotuner.progress import Display
 
     meta_train(config, Display(), resume=arguments.resume is not None)

@@ -11,11 +11,9 @@ so there is no graph over the parameters and no copy of the model, and a gradien
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,33 +22,16 @@ from torch import Tensor, nn
 from zotuner import noise
 from zotuner.blocks import Block, find_blocks, pieces_of
 from zotuner.config import MetaTrainConfig
-from zotuner.errors import ZotunerError
-from zotuner.files import check_out, claim_out, locked
-from zotuner.metrics import MetricsLog, keep_rows, write_json
-from zotuner.models import known_as, load_model, weights_sha256
-from zotuner.objective import Objective
 from zotuner.optim.estimators import TwoPoint
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import normalize
 from zotuner.perturb import Closure, Draw, Perturbation, Perturber, shift
-from zotuner.progress import Display, peak_rss_bytes
-from zotuner.signals import Requests
 from zotuner.snapshot import (
-    drop_all,
-    drop_unfinished,
-    latest,
     optimizer_groups,
     optimizer_tensors,
     restore_optimizer,
-    take,
 )
-from zotuner.tasks import Splits, digest, get_task
-from zotuner.trajectory import START, Point, Recorded, Walk
 from zotuner.tuner import Tuner
-
-METRICS, SUMMARY, TRAJECTORY = "metrics.jsonl", "summary.json", "trajectory"
-# What a run is told that does not change the tuner, and so is none of its card's business
-NOT_OF_THE_TUNER = {"out", "data_dir", "overwrite", "save_every"}
 
 
 @dataclass(frozen=True)
@@ -201,7 +182,7 @@ class MetaTrainer:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes back what `state` gave."""
-        self._tuner.bank.load_state_dict(_under("nets.", tensors))
+        self._tuner.bank.load_state_dict(under("nets.", tensors))
         restore_optimizer(self._outer, state["outer"], tensors, "outer.")
         self._sigma_prev, self._loss_prev = tensors["sigma_prev"], tuple(state["loss_prev"])
 
@@ -212,198 +193,9 @@ class MetaTrainer:
         return raw, normalize(raw, self._numels) if self._config.normalized else raw.double()
 
 
-def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = False) -> Tuner:
-    """Runs a meta-training and fills its run directory.
-
-    Args:
-        config: All options.
-        display: Where progress goes.
-        resume: Go on with the run that `config.out` holds, from its last snapshot; `config` must be what it was begun
-            with.
-
-    Returns:
-        The tuner, which lies in `config.out`.
-
-    Raises:
-        ZotunerError: Something that the user can put right; nothing was written unless the run had begun.
-        Interrupted: A signal ended the run; it can be resumed.
-    """
-    if resume and (config.out / SUMMARY).exists():
-        display.say(f"{config.out}: this run is finished")
-        with locked(config.out):
-            (config.out / TRAJECTORY / START).unlink(missing_ok=True)
-            drop_all(config.out)
-        return Tuner.from_pretrained(config.out)
-    if not resume:
-        check_out(config.out, config.overwrite, [Path(config.model), config.data_dir, config.trajectory])
-    with display, Requests() as requests, locked(config.out):
-        display.say(f"loading {config.model} and {', '.join(config.tasks)}")
-        tasks = {name: get_task(name, config.data_dir) for name in config.tasks}
-        splits = {name: task.splits(train_size=config.train_size, seed=config.seed) for name, task in tasks.items()}
-        model, tokenizer = load_model(config.model, dtype=config.dtype)
-        objectives = {name: Objective(task, tokenizer, config.max_length) for name, task in tasks.items()}
-        tuner = Tuner.for_model(
-            model,
-            config.architecture,
-            config.seed,
-            granularity=config.granularity,
-            normalized=config.normalized,
-            base_model=known_as(config.model),
-            base_weights_sha256=weights_sha256(model),
-            tasks=config.tasks,
-            config=config.model_dump(mode="json", exclude=NOT_OF_THE_TUNER, exclude_none=True)
-            | {"examples": {name: len(split.train) for name, split in splits.items()}},
-        )
-
-        def loss(task: str, examples: Any) -> Tensor:
-            return objectives[task].loss(model, objectives[task].training_batch(examples))
-
-        points = _trajectory(config, model, loss, splits)
-        if not resume:
-            claim_out(config.out, config.overwrite, config.to_yaml())
-        data = digest([example for split in splits.values() for example in split.train])
-        walked = _Walked(config, MetaTrainer(model, tuner, config), points, loss, model, display, requests, data)
-        seconds = walked.run()
-        tuner.save_pretrained(config.out)
-        summary = {
-            "model": config.model,
-            "tasks": config.tasks,
-            "steps": config.steps,
-            "seconds": round(seconds, 3),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "blocks": len(tuner.block_names),
-            "tuner_sha256": tuner.sha256(),
-            "seed": config.seed,
-            "versions": tuner.info.versions,
-        }
-        write_json(config.out / SUMMARY, summary)
-        points.close()
-        drop_all(config.out)
-        display.say(f"tuner for {len(tuner.block_names)} blocks written to {config.out}")
-    return tuner
-
-
-def _trajectory(config: MetaTrainConfig, model: Any, loss: Any, splits: dict[str, Splits]) -> Walk | Recorded:
-    train = {name: split.train for name, split in splits.items()}
-    if config.trajectory is not None:
-        return Recorded(model, train, config.trajectory)
-    return Walk(
-        model,
-        loss,
-        train,
-        config.out / TRAJECTORY,
-        optimizer=config.fo_optimizer,
-        lr=config.fo_lr,
-        reset_every=config.reset_every,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        snapshot_every=config.snapshot_every,
-    )
-
-
-class _Walked:
-    """One outer step at every point, from the first or from the last snapshot.
-
-    Args:
-        config: All options.
-        trainer: Takes the outer steps.
-        points: Of the trajectory.
-        loss: Evaluates a batch.
-        model: At its starting weights.
-        display: Where progress goes.
-        requests: What signals ask for.
-        data: Digest of the examples.
-    """
-
-    def __init__(
-        self,
-        config: MetaTrainConfig,
-        trainer: MetaTrainer,
-        points: Walk | Recorded,
-        loss: Any,
-        model: nn.Module,
-        display: Display,
-        requests: Requests,
-        data: str,
-    ) -> None:
-        self._config, self._trainer, self._points, self._loss = config, trainer, points, loss
-        self._model, self._display, self._requests = model, display, requests
-        self._begun_with = {"data": data, "weights": weights_sha256(model)}
-        self._in_a_row, self._before = 0, 0.0
-        self._started = time.perf_counter()
-
-    def run(self) -> float:
-        """Takes the steps that are left. Returns the seconds of all."""
-        config = self._config
-        start = self._restore()
-        keep_rows(config.out / METRICS, lambda row: row["step"] < start)
-        bar = self._display.bar("meta-train", config.steps, start)
-        with MetricsLog(config.out / METRICS) as metrics:
-            for point in self._points.points(config.steps, start):
-                self._heed(point, point.number > start)
-                row = _update(self._trainer, point, self._loss)
-                metrics.write(
-                    step=point.number, position=point.position, task=point.task, seconds=self._seconds(), **row
-                )
-                self._in_a_row = self._in_a_row + 1 if row["skipped"] == config.draws else 0
-                if self._in_a_row >= config.max_skipped:
-                    raise ZotunerError(
-                        f"step {point.number}: no loss was finite {self._in_a_row} steps in a row; try a smaller lr"
-                    )
-                bar.advance(
-                    status=f"loss {row['loss']:.4f}  meta-loss {row['meta_loss']:.4f}  "
-                    f"sigma {row['sigma_min']:.2f} to {row['sigma_max']:.2f}"
-                )
-        bar.close()
-        return self._seconds()
-
-    def _seconds(self) -> float:
-        return round(self._before + time.perf_counter() - self._started, 3)
-
-    def _heed(self, point: Point, moved: bool) -> None:
-        """Before a point's outer step: the snapshots that are due, and the end."""
-        every = self._config.save_every
-        due = point.position == 0 if every is None else point.number % every == 0
-        stop = self._requests.stop is not None and point.number > 0
-        if (due and moved) or stop or self._requests.snapshot_wanted():
-            self._snapshot(point.number)
-        self._requests.check(
-            f"after step {point.number} of {self._config.steps}", f"zotuner meta-train --resume {self._config.out}"
-        )
-
-    def _snapshot(self, number: int) -> None:
-        tensors, state = self._trainer.state()
-        walked, groups = self._points.state()
-        everything = {**{f"trainer.{k}": v for k, v in tensors.items()}, **{f"walk.{k}": v for k, v in walked.items()}}
-        about = {"begun_with": self._begun_with, "seconds": self._seconds(), "in_a_row": self._in_a_row}
-        take(self._config.out, number, self._model, everything, {**about, "trainer": state, "walk": groups})
-
-    def _restore(self) -> int:
-        """Goes back to the last snapshot, if there is one; returns the number of the next point."""
-        drop_unfinished(self._config.out)
-        found = latest(self._config.out)
-        if found is None:
-            return 0
-        for what, began in found.state["begun_with"].items():
-            if began != self._begun_with[what]:
-                raise ZotunerError(
-                    f"{found.path}: this run was begun with {what} of SHA-256 {began}, got {self._begun_with[what]}; "
-                    "give it back what it began with, or start another run"
-                )
-        tensors = found.restore(self._model)
-        self._trainer.restore(_under("trainer.", tensors), found.state["trainer"])
-        self._points.restore(_under("walk.", tensors), found.state["walk"])
-        self._before, self._in_a_row = found.state["seconds"], found.state["in_a_row"]
-        self._display.say(f"goes on with step {found.step}")
-        return found.step
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _update(trainer: MetaTrainer, point: Point, loss: Any) -> dict[str, Any]:
-    return trainer.update(lambda: loss(point.task, point.examples), number=point.number, position=point.position)
 
 
 def _mean(values: Sequence[float]) -> float:
