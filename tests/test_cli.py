@@ -31,7 +31,7 @@ ZEROTH_ORDER = ("mezo", "fzoo", "zo-finetuner")
 STEPS = 3
 TOO_LARGE = 5e37  # a learning rate that overflows the weights at the first step
 FORWARDS = {"mezo": 6, "zo-finetuner": 6, "fzoo": 9, "adam": 3, "none": 0}  # of 3 steps; fzoo with 2 perturbations
-COMMANDS = ("finetune", "meta-train", "replay", "export", "apply", "report", "demo", "tasks", "tuner")
+COMMANDS = ("finetune", "meta-train", "replay", "export", "apply", "report", "log", "demo", "tasks", "tuner")
 
 METRICS_KEYS = {"step", "forwards", "tokens", "seconds", "loss", "lr", "coefficients"}
 SUMMARY_KEYS = {
@@ -588,6 +588,22 @@ def test_a_report_of_what_is_no_finished_run_is_one_line(
     capsys.readouterr()
     assert call("report", *argv) == 2
     assert_one_error_line(capsys.readouterr().err)
+
+
+def test_a_log_shows_what_real_runs_wrote(
+    runs: dict[str, Path], meta_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = {method: runs[method] for method in METHODS if method != "none"}
+    for name, out in (steps | {"meta": meta_run}).items():
+        capsys.readouterr()
+        assert call("log", out, "--plot", tmp_path / f"{name}.png") == 0
+        text = capsys.readouterr().out
+        assert f", {STEPS} of {STEPS} steps, finished" in text
+        rows = read_rows(out / "metrics.jsonl")
+        assert all(f"{row['loss']:.4f}" in text for row in rows), "20 rows show each of so few steps"
+        assert (tmp_path / f"{name}.png").stat().st_size > 0
+    assert call("log", runs["none"]) == 2
+    assert "the run has not taken a step" in assert_one_error_line(capsys.readouterr().err)
 
 
 def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

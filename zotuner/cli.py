@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "show runs side by side")
     report.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="finished runs")
     report.add_argument("--plot", type=Path, metavar="FILE", help="write the loss curves as PNG")
+    log = add("log", _log, "show one run, also while it goes on: losses, coefficients, scales by block")
+    log.add_argument("run_dir", type=Path, metavar="DIR", help="a run's directory")
+    log.add_argument("--rows", type=_count, default=20, help="rows of the table, at most (%(default)s)")
+    log.add_argument("--plot", type=Path, metavar="FILE", help="write the curves, and the scales as a heat map, as PNG")
     demo = add("demo", _demo, "fine-tune the demo model by three methods at equal forwards")
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for the runs (%(default)s)")
     demo.add_argument("--tuner", type=Path, default=Path("tuners/smollm2-135m-instruct"), help="(%(default)s)")
@@ -249,6 +253,12 @@ def _report(arguments: argparse.Namespace) -> None:
     stdout().print(table(arguments.runs))
     if arguments.plot:
         plot(arguments.runs, arguments.plot)
+
+
+def _log(arguments: argparse.Namespace) -> None:
+    from zotuner.log import log
+
+    log(arguments.run_dir, rows=arguments.rows, plot_to=arguments.plot)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

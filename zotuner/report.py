@@ -3,13 +3,16 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
 from zotuner.errors import ZotunerError
 from zotuner.metrics import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -30,16 +33,22 @@ def read_summary(run: Path) -> dict[str, Any]:
     return summary
 
 
-def _number(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
     """A number, or what stands for one that was not finite."""
     return "-" if value is None else format(value, spec)
 
 
+def new_table(title: str | None, *names: str) -> Table:
+    """An empty table: the first column is text, the others are numbers, and none is wrapped."""
+    out = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in names:
+        out.add_column(name, justify="left" if name == names[0] else "right", no_wrap=True)
+    return out
+
+
 def table(runs: Sequence[Path], title: str | None = None) -> Table:
     """One row a run: what it cost (GiB: peak memory) and what it gave (loss and metric of the best on dev)."""
-    out = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("run", "lr", "steps", "forwards", "sec", "GiB", "dev @step", "loss", "acc"):
-        out.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
+    out = new_table(title, "run", "lr", "steps", "forwards", "sec", "GiB", "dev @step", "loss", "acc")
     summaries = [read_summary(run) for run in runs]
     several = len({(s["model"], s["task"]) for s in summaries}) > 1
     shown: set[tuple[str, str]] = set()
@@ -50,8 +59,8 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
             out.add_row(
                 f"zero-shot {s['task']}" if several else "zero-shot",
                 *[""] * 6,
-                _number(zero["loss"], ".4f"),
-                _number(zero["accuracy"], ".3f"),
+                number(zero["loss"], ".4f"),
+                number(zero["accuracy"], ".3f"),
             )
         best = (s["dev"] or {}).get("best")
         out.add_row(
@@ -61,21 +70,19 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
             str(s["forwards"]),
             f"{s['seconds']:.0f}",
             f"{s['peak_rss_bytes'] / 2**30:.2f}",
-            f"{_number(best['loss'], '.4f')} @{best['step']}" if best else "",
-            _number(s["final"]["loss"], ".4f"),
-            _number(s["final"]["accuracy"], ".3f"),
+            f"{number(best['loss'], '.4f')} @{best['step']}" if best else "",
+            number(s["final"]["loss"], ".4f"),
+            number(s["final"]["accuracy"], ".3f"),
         )
     return out
 
 
 def plot(runs: Sequence[Path], path: Path) -> None:
     """Writes a PNG: loss on dev against forward passes, a line a run."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for run in runs:
         if not (run / "evals.jsonl").exists():
             continue
@@ -87,9 +94,16 @@ def plot(runs: Sequence[Path], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Writes a figure, without a display, in the format that the file's ending names.
+
+    Raises:
+        ZotunerError: The file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
         raise ZotunerError(f"{path}: cannot be written: {error}") from None
-    finally:
-        pyplot.close(figure)

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 
 from zotuner.bench.measure import PARTS
-from zotuner.errors import ZotunerError
+from zotuner.report import save_figure
 
 COLUMNS = {  # key in the JSON -> (heading, format)
     "seconds": ("seconds", ".3f"),
@@ -59,13 +59,11 @@ def plot(entries: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     Raises:
         ZotunerError: The file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     shown = {name: row for name, row in entries.items() if row["shares"] is not None}
-    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.32 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(8, 1.5 + 0.32 * len(shown)), layout="constrained")
+    axes = figure.subplots()
     left = dict.fromkeys(shown, 0.0)
     for part, color in COLORS.items():
         widths = [row["per_own_forwards"] * row["shares"][part] for row in shown.values()]
@@ -77,9 +75,4 @@ def plot(entries: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="step / its own forwards", title=title, xlim=(0, 1.1 * max(left.values(), default=1.0)))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(COLORS))
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ZotunerError(f"{path}: cannot be written: {error}") from None
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)
