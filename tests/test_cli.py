@@ -601,6 +601,7 @@ def test_a_log_shows_what_real_runs_wrote(
         assert f", {STEPS} of {STEPS} steps, finished" in text
         rows = read_rows(out / "metrics.jsonl")
         assert all(f"{row['loss']:.4f}" in text for row in rows), "20 rows show each of so few steps"
+        assert ("type of block" in text) is (name == "zo-finetuner")
         assert (tmp_path / f"{name}.png").stat().st_size > 0
     assert call("log", runs["none"]) == 2
     assert "the run has not taken a step" in assert_one_error_line(capsys.readouterr().err)

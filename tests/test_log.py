@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from zotuner.cli import main
 from zotuner.config import METHODS as ALL_METHODS
 from zotuner.errors import ZotunerError
+from zotuner.files import OWNER, locked
 from zotuner.log.figure import draw, running_mean
 from zotuner.log.run import SILENCE, read_run
 from zotuner.log.scales import block_types
@@ -307,25 +309,48 @@ def age(run: Path, seconds: float) -> None:
         os.utime(path, (time.time() - seconds,) * 2)
 
 
-@pytest.mark.parametrize(("silence", "state"), [(5, "going on: last row 5 s ago"), (7200, "stopped, it seems: ")])
+HERE, ELSEWHERE = socket.gethostname(), "another-machine"
+DEAD = 2**22 + 1  # above what Linux gives to a process
+
+
+@pytest.mark.parametrize(
+    ("owner", "silence", "state"),
+    [
+        (f"{os.getpid()} {HERE}", 7200, "going on: last row 2 h ago"),
+        (f"{DEAD} {HERE}", 30, "stopped: last row 30 s ago"),
+        (None, 30, "stopped: last row 30 s ago"),
+        (f"1 {ELSEWHERE}", 30, "going on, it seems: last row 30 s ago"),
+        (f"1 {ELSEWHERE}", 7200, "stopped, it seems: last row 2 h ago"),
+        ("half", 7200, "stopped, it seems: last row 2 h ago"),
+    ],
+    ids=["writer", "dead writer", "no writer", "elsewhere", "elsewhere, silent", "torn"],
+)
 def test_a_run_without_a_summary_goes_on_or_has_stopped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], silence: float, state: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], owner: str | None, silence: float, state: str
 ) -> None:
     run = finetune_run(tmp_path / "run", "zo-finetuner", steps=20, finished=False)
+    if owner is not None:
+        (run / OWNER).write_text(owner + "\n")
     age(run, silence)
-    text = shown(capsys, run)
-    assert re.sub(r"[456] s ago", "5 s ago", text).startswith(
-        f"demo, acme/llama, zo-finetuner, lr 4e-05 (linear), 20 of 40 steps, {state}"
-    )
+    text = re.sub(r"\b3[0-9] s ago", "30 s ago", shown(capsys, run))
+    assert text.startswith(f"demo, acme/llama, zo-finetuner, lr 4e-05 (linear), 20 of 40 steps, {state}\n")
 
 
-def test_a_run_of_slow_steps_is_given_ten_of_them_before_it_counts_as_stopped(tmp_path: Path) -> None:
+def test_a_run_of_slow_steps_elsewhere_is_given_ten_of_them_before_it_seems_to_have_stopped(tmp_path: Path) -> None:
     metrics = [row | {"seconds": row["seconds"] * SILENCE} for row in finetune_rows("mezo", 20)]  # a quarter each
     run = finetune_run(tmp_path / "run", steps=20, finished=False, metrics=metrics)
+    (run / OWNER).write_text(f"1 {ELSEWHERE}\n")
     age(run, 2 * SILENCE)
-    assert read_run(run).state.startswith("going on")
+    assert read_run(run).state.startswith("going on, it seems")
     age(run, 3 * SILENCE)
     assert read_run(run).state.startswith("stopped, it seems")
+
+
+def test_a_run_that_holds_its_folder_is_seen_to_go_on(tmp_path: Path) -> None:
+    run = finetune_run(tmp_path / "run", steps=20, finished=False)
+    with locked(run):
+        assert read_run(run).state.startswith("going on: ")
+    assert read_run(run).state.startswith("stopped: ")
 
 
 def test_a_run_that_skipped_too_often_has_stopped(tmp_path: Path) -> None:
@@ -335,7 +360,7 @@ def test_a_run_that_skipped_too_often_has_stopped(tmp_path: Path) -> None:
     run = finetune_run(tmp_path / "run", finished=False, metrics=metrics)
     assert read_run(run).state == "stopped: no finite loss 10 steps in a row"
     meta = meta_run(tmp_path / "meta", finished=False)
-    assert read_run(meta).state.startswith("going on"), "one of two draws was skipped, once"
+    assert read_run(meta).state.startswith("stopped: last row"), "one of two draws was skipped, once"
 
 
 @pytest.mark.parametrize("name", ["metrics", "evals", "scales"])

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from zotuner.errors import ZotunerError
@@ -114,6 +115,17 @@ def _owner(out: Path) -> str:
     except (OSError, ValueError):
         return "another process"
     return f"process {pid}" if host == socket.gethostname() else f"process {pid} on {host}"
+
+
+def has_writer(out: Path) -> bool | None:
+    """Whether a process writes to the folder of a run; None where that is a matter of another machine."""
+    try:
+        pid, host = (out / OWNER).read_text(encoding="utf-8").split()
+        return psutil.pid_exists(int(pid)) if host == socket.gethostname() else None
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return None
 
 
 def check_out(out: Path, overwrite: bool, inputs: Sequence[Path | None] = ()) -> None:

@@ -17,13 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from zotuner.config import read_yaml
 from zotuner.errors import ZotunerError
-from zotuner.files import is_run
+from zotuner.files import has_writer, is_run
 from zotuner.log.scales import Scales
 from zotuner.metrics import read_rows
 
-SILENCE = (
-    600.0  # seconds without a new row after which a run seems to have stopped; ten of its steps, if those are more
-)
+# Seconds without a new row after which a run on another machine seems to have stopped; ten of its steps, if longer
+SILENCE = 600.0
 
 
 class _Read(BaseModel):
@@ -113,6 +112,7 @@ class Run:
         evaluations: On dev, in the order of their steps.
         scales: sigma~ by block, where a tuner chose it.
         finished: Whether its summary was written.
+        has_writer: Whether a process writes to it; None where that is a matter of another machine.
         silence: Seconds since it last wrote a row.
     """
 
@@ -122,6 +122,7 @@ class Run:
     evaluations: list[Evaluation]
     scales: Scales | None
     finished: bool
+    has_writer: bool | None
     silence: float
 
     @property
@@ -152,12 +153,17 @@ class Run:
         """Finished, going on or stopped, as far as the files say."""
         if self.finished:
             return "finished"
+        last = f"last row {_ago(self.silence)} ago"
+        if self.has_writer:
+            return f"going on: {last}"
         whole = self.head.draws if self.is_meta else 1
         tail = self.steps[-self.head.max_skipped :]
         if len(tail) == self.head.max_skipped and all(row.num_skipped >= whole for row in tail):
             return f"stopped: no finite loss {len(tail)} steps in a row"
+        if self.has_writer is False:
+            return f"stopped: {last}"
         patience = max(SILENCE, 10 * self.steps[-1].seconds / len(self.steps))
-        return f"{'going on' if self.silence < patience else 'stopped, it seems'}: last row {_ago(self.silence)} ago"
+        return f"{'going on' if self.silence < patience else 'stopped'}, it seems: {last}"
 
 
 def read_run(folder: Path) -> Run:
@@ -186,6 +192,7 @@ def read_run(folder: Path) -> Run:
         evaluations=evaluations,
         scales=_scales(folder / "scales.jsonl"),
         finished=(folder / "summary.json").exists(),
+        has_writer=has_writer(folder),
         silence=max(0.0, time.time() - max(path.stat().st_mtime for path in written)),
     )
 
