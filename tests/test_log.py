@@ -205,6 +205,14 @@ def test_an_evaluation_stands_at_its_span_and_the_best_is_marked(
     assert best_of == {"start": "0.9500 @0", "1-20": "0.6100 @16*", "21-40": "0.6500 @32"}
 
 
+def test_an_evaluation_after_the_first_step_is_not_the_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evals = [{"step": step, "loss": 0.9 - step / 10, "accuracy": 0.5} for step in (0, 1)]
+    rows = cells(shown(capsys, finetune_run(tmp_path / "run", evals=evals), "--rows", "40"))
+    assert [row.get("dev @step") for row in rows[:3]] == ["0.9000 @0", "0.8000 @1*", None]
+
+
 def test_the_start_is_never_the_best_and_a_loss_that_is_not_finite_neither(tmp_path: Path) -> None:
     evals = [{"step": step, "loss": loss, "accuracy": 0.5} for step, loss in ((0, 0.1), (20, None), (40, 0.7))]
     best = read_run(finetune_run(tmp_path / "run", evals=evals)).best
@@ -536,6 +544,7 @@ def test_a_heat_map_has_a_row_a_block_by_type_and_layer_centred_at_one(tmp_path:
         *PER_LAYER,
         "model.norm.weight",
     ]
+    assert axes.yaxis_inverted(), "the first layer on top"
     assert mesh.norm.vmin == -mesh.norm.vmax == -2
     assert "1" in [label.get_text() for label in bar.get_yticklabels()]
 
