@@ -1,6 +1,5 @@
 """Runs side by side: a table, and the curve of the loss on dev over forward passes."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from zotuner.errors import ZotunerError
-from zotuner.metrics import read_rows
+from zotuner.metrics import read_json, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,12 +20,10 @@ def read_summary(run: Path) -> dict[str, Any]:
     Raises:
         ZotunerError: The folder holds no finished run.
     """
-    try:
-        summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ZotunerError(f"{run}: expected a finished run, but it has no summary.json") from None
-    except (OSError, ValueError) as error:
-        raise ZotunerError(f"{run / 'summary.json'}: expected JSON: {error}") from None
+    path = run / "summary.json"
+    if not path.exists():
+        raise ZotunerError(f"{run}: expected a finished run, but it has no summary.json")
+    summary: dict[str, Any] = read_json(path)
     missing = {"model", "task", "method", "zero_shot", "final"} - set(summary)
     if missing:
         raise ZotunerError(f"{run}: expected a fine-tuning run, but its summary has no {', '.join(sorted(missing))}")

@@ -25,14 +25,13 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from zotuner.blocks import Block, Piece, Weight, pieces_of, weights_of
 from zotuner.errors import unknown
 from zotuner.perturb.draw import Draw, shift
 from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
 from zotuner.perturb.lanes import arrange, can_run_side_by_side, side_by_side
-from zotuner.perturb.slot import Perturbation, Scratch, Slot, build
+from zotuner.perturb.slot import Perturbation, Scratch, Slot, build, marked
 from zotuner.perturb.stored import slot_of
 from zotuner.perturb.streamed import forward_of, has_own_forward, replaced_forwards
 from zotuner.perturb.watch import Watch
@@ -138,10 +137,8 @@ class Perturber:
             try:
                 losses = self._together(closure, points, plan)
             except (CannotStackError, RuntimeError) as error:
-                if self._checked and isinstance(
-                    error, RuntimeError
-                ):  # nothing that evaluating together is to blame for
-                    raise
+                if self._checked and isinstance(error, RuntimeError):
+                    raise  # nothing that evaluating together is to blame for
                 return self._one_by_one(closure, points, str(error))
             if not self._checked:
                 last = self._forward(closure, points[-1:])[0] if last is None else last
@@ -170,7 +167,7 @@ class Perturber:
 
         Half-precision weights are rounded stochastically, so that small updates happen in the mean.
         """
-        with record_function("zotuner::update"):
+        with marked("update"):
             if self._walker is not None:
                 self._walker.update(draw, alphas)
             else:
@@ -306,7 +303,7 @@ class _Walker:
 
     def loss(self, closure: Closure, point: Perturbation | None) -> float:
         """L at a point; theta stays there, or comes home if the closure raises."""
-        with record_function("zotuner::noise"):
+        with marked("noise"):
             self.move(point)
         try:
             return _value(closure())
