@@ -135,7 +135,9 @@ def sst2_dir(tmp_path: Path, train: int = 40, validation: int = 12) -> Path:
 
 def rendered(task: Task) -> str:
     """SHA-256 of all examples of all splits."""
-    examples = [[asdict(task.example(row)) for row in task.rows(split)] for split in SPLITS]
+    fields = ("prompt", "candidates", "label")
+    read = [[asdict(task.example(row)) for row in task.rows(split)] for split in SPLITS]
+    examples = [[{field: example[field] for field in fields} for example in split] for split in read]
     return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
 
 

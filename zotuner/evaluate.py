@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from zotuner.objective import Objective
-from zotuner.tasks.base import Example
+from zotuner.tasks import Example
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 from zotuner.batch import Batch, Candidate, Ids, arrange, collate
 from zotuner.errors import ZotunerError
 from zotuner.models import accepts
-from zotuner.tasks.base import Example, Task
+from zotuner.tasks import Example, Task
 
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")  # names that configurations give a short attention
 

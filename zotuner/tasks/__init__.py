@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from zotuner.errors import ZotunerError, unknown
-from zotuner.tasks.base import Example, Splits, Task, batches, digest
+from zotuner.tasks.base import Splits, Task, batches, digest
 from zotuner.tasks.copa import Copa, DemoCopa
+from zotuner.tasks.scores import Example
 from zotuner.tasks.sst2 import DemoSentiment, Sst2
 
 __all__ = ["TASKS", "Example", "Splits", "Task", "batches", "digest", "get_task"]

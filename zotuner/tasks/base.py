@@ -1,7 +1,7 @@
 """What a task is: where its rows come from, and how a row becomes a prompt with candidates."""
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +11,10 @@ import numpy as np
 
 from zotuner.errors import ZotunerError
 from zotuner.metrics import read_rows
+from zotuner.tasks.scores import Example, Mean, Metric, right
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt, the texts that may follow it, and which of them is right."""
-
-    prompt: str
-    candidates: tuple[str, ...]
-    label: int
+Kind = Literal["causal", "masked"]  # of models
 
 
 @dataclass(frozen=True)
@@ -41,8 +34,13 @@ class Task(ABC):
         prompt_version: Raised whenever a prompt changes.
         hub: (repository, configuration) on the Hub; None for a task that is embedded.
         fields: Of a row: name to type.
-        labels: Number of labels a row may have.
-        loss: "classification" over the candidates, or "language-modelling" of the right one.
+        labels: Number of labels a row may have, if it has a field "label".
+        loss: "classification" over the candidates, or "language-modelling" of the right one, for causal models; masked
+            ones always classify.
+        metrics: By name; the first is the one to look at.
+        generates: The answer is text that the model generates, not one of several candidates.
+        max_new_tokens: Tokens that are generated at most.
+        stop: Text at which a generated answer ends.
         dev_size: Development examples by default (as published).
         dev_split, test_split: Where those examples come from; the official test sets have no labels. Where dev is
             drawn from "train", it is disjoint from the training examples.
@@ -57,6 +55,10 @@ class Task(ABC):
     fields: ClassVar[dict[str, type]]
     labels: ClassVar[int] = 2
     loss: ClassVar[Literal["classification", "language-modelling"]]
+    metrics: ClassVar[dict[str, Metric]] = {"accuracy": Mean(right)}
+    generates: ClassVar[bool] = False
+    max_new_tokens: ClassVar[int] = 50
+    stop: ClassVar[str] = "\n"
     dev_size: ClassVar[int] = 500
     dev_split: ClassVar[str] = "train"
     test_split: ClassVar[str] = "validation"
@@ -64,9 +66,26 @@ class Task(ABC):
     def __init__(self, data_dir: str | Path | None = None) -> None:
         self.data_dir = Path(data_dir) if data_dir is not None else None
 
-    @abstractmethod
     def example(self, row: Row) -> Example:
-        """The published prompt and candidates of a row."""
+        """The published prompt and candidates of a row, for a causal model.
+
+        Raises:
+            ZotunerError: The task has none.
+        """
+        raise ZotunerError(f"task {self.name} has a prompt for masked models alone (such as RoBERTa)")
+
+    def masked(self, row: Row) -> Example:
+        """The same for a masked model: the candidates, of a token each, stand between `prompt` and `suffix`.
+
+        Raises:
+            ZotunerError: The task has none.
+        """
+        raise ZotunerError(f"task {self.name} has a prompt for causal models alone")
+
+    def label(self, row: Row) -> int:
+        """The class of a row, for sampling so many of each."""
+        number: int = row["label"]
+        return number
 
     def rows(self, split: str) -> list[Row]:
         """All rows of a split, checked.
@@ -107,26 +126,63 @@ class Task(ABC):
                 raise ZotunerError(f"{where}: field {field!r} is missing; task {self.name} needs {list(self.fields)}")
             if not isinstance(row[field], kind) or isinstance(row[field], bool):
                 raise ZotunerError(f"{where}: field {field!r} must be a {kind.__name__}, got {row[field]!r}")
-        if not 0 <= row["label"] < self.labels:
+        if "label" in self.fields and not 0 <= row["label"] < self.labels:
             raise ZotunerError(f"{where}: field 'label' must be 0 to {self.labels - 1}, got {row['label']}")
 
-    def splits(self, *, train_size: int, dev_size: int | None = None, eval_size: int = 1000, seed: int = 0) -> Splits:
+    def splits(
+        self,
+        *,
+        train_size: int,
+        dev_size: int | None = None,
+        eval_size: int = 1000,
+        k_shot: int | None = None,
+        seed: int = 0,
+        kind: Kind = "causal",
+    ) -> Splits:
         """Draws a run's examples by the seed, without replacement.
 
         Where a split is too small, dev takes at most a quarter of the training rows, and the rest take what there is.
+
+        Args:
+            train_size: Training examples.
+            dev_size: Development examples; None: the task's own number.
+            eval_size: Test examples.
+            k_shot: So many training and so many development examples of each class, in place of both sizes, as masked
+                models are tuned (arXiv:2012.15723, section 3.1; arXiv:2305.17333, appendix).
+            seed: Of the draw.
+            kind: Of the model that the prompts are for.
         """
         random = np.random.default_rng(seed)
         train = _shuffled(self.rows("train"), random)
-        wanted = dev_size or self.dev_size
-        if self.dev_split == "train":
-            count = min(wanted, max(1, len(train) // 4))
+        if k_shot is not None:
+            train, dev = self._of_each_class(train, k_shot)
+        elif self.dev_split == "train":
+            count = min(dev_size or self.dev_size, max(1, len(train) // 4))
             if len(train) < 2:
                 raise ZotunerError(f"task {self.name}: needs at least 2 training rows, one of them for dev")
-            dev, train = train[-count:], train[:-count]
+            dev, train = train[-count:], train[:-count][:train_size]
         else:
-            dev = _shuffled(self.rows(self.dev_split), random)[:wanted]
+            dev = _shuffled(self.rows(self.dev_split), random)[: dev_size or self.dev_size]
+            train = train[:train_size]
         test = _shuffled(self.rows(self.test_split), random)[:eval_size]
-        return Splits(*(tuple(self.example(row) for row in rows) for rows in (train[:train_size], dev, test)))
+        written = self.example if kind == "causal" else self.masked
+        return Splits(*(tuple(written(row) for row in rows) for rows in (train, dev, test)))
+
+    def _of_each_class(self, rows: list[Row], k: int) -> tuple[list[Row], list[Row]]:
+        """The first k rows of each class, and the next k."""
+        if self.generates:
+            raise ZotunerError(f"task {self.name} has no classes to take {k} examples of: use --train-size")
+        by_class: dict[int, list[Row]] = {}
+        for row in rows:
+            by_class.setdefault(self.label(row), []).append(row)
+        for label, found in by_class.items():
+            if len(found) < 2 * k:
+                raise ZotunerError(
+                    f"task {self.name}: expected {2 * k} training rows of class {label}, half of them for dev, "
+                    f"found {len(found)}; take a smaller --k-shot"
+                )
+        classes = sorted(by_class)
+        return [r for c in classes for r in by_class[c][:k]], [r for c in classes for r in by_class[c][k : 2 * k]]
 
 
 class EmbeddedTask(Task):

@@ -5,7 +5,8 @@
 """
 
 from zotuner.errors import ZotunerError
-from zotuner.tasks.base import EmbeddedTask, Example, Row, Task
+from zotuner.tasks.base import EmbeddedTask, Row, Task
+from zotuner.tasks.scores import Example
 
 CONNECTIVES = {"cause": " because", "effect": " so"}
 

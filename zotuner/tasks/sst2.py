@@ -3,7 +3,8 @@
 {"sentence": "hide new secretions from the parental units ", "label": 0, "idx": 0}
 """
 
-from zotuner.tasks.base import EmbeddedTask, Example, Row, Task
+from zotuner.tasks.base import EmbeddedTask, Row, Task
+from zotuner.tasks.scores import Example
 
 
 class Sst2(Task):
@@ -17,6 +18,10 @@ class Sst2(Task):
     def example(self, row: Row) -> Example:
         """`sentence It was terrible|great`."""
         return Example(f"{row['sentence'].strip()} It was", (" terrible", " great"), row["label"])
+
+    def masked(self, row: Row) -> Example:
+        """`sentence It was <mask>.`"""
+        return Example(f"{row['sentence'].strip()} It was", (" terrible", " great"), row["label"], suffix=".")
 
 
 class DemoSentiment(EmbeddedTask, Sst2):  # type: ignore[misc]
