@@ -192,7 +192,7 @@ def test_an_evaluation_stands_at_its_span_and_the_best_is_marked(
 ) -> None:
     run = finetune_run(tmp_path / "run")
     rows = cells(shown(capsys, run, "--rows", "10"))
-    dev = {row["steps"]: (row["dev @step"], row["acc"]) for row in rows if "dev @step" in row}
+    dev = {row["steps"]: (row["dev @step"], row["accuracy"]) for row in rows if "dev @step" in row}
     assert dev == {
         "start": ("0.9500 @0", "0.525"),
         "5-8": ("0.8000 @8", "0.600"),

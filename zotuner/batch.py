@@ -27,6 +27,10 @@ class Candidate:
     example: int
     number: int  # within its example
 
+    def behind(self, skip: int) -> "Candidate":
+        """The same without the first tokens of the path."""
+        return replace(self, path=self.path[skip:]) if skip else self
+
 
 @dataclass(frozen=True)
 class Row:
@@ -120,7 +124,7 @@ def arrange(paths: Sequence[Ids], limit: int) -> dict[Ids, Row]:
         limit: Tokens that a row may have where it holds more than one remainder; 0: one path a row, except that a
             path with which another begins needs no row of its own.
     """
-    shared = _common(paths)
+    shared = common(paths)
     prefix = paths[0][:shared]
     groups: list[list[Ids]] = [[]]
     for rest in dict.fromkeys(path[shared:] for path in paths if len(path) > shared):
@@ -135,7 +139,7 @@ def arrange(paths: Sequence[Ids], limit: int) -> dict[Ids, Row]:
     return found
 
 
-def _common(paths: Sequence[Ids]) -> int:
+def common(paths: Sequence[Ids]) -> int:
     """How many tokens all paths begin with."""
     columns = zip(*paths, strict=False)
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, paths)))

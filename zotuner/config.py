@@ -17,6 +17,7 @@ METHODS = (*ZEROTH_ORDER, "adam", "none")
 # The best of a grid on SST-2 with SmolLM2-135M-Instruct (docs/results.md; adam: not searched); search around them.
 DEFAULT_LR = {"zo-finetuner": 4e-5, "mezo": 4e-5, "fzoo": 4e-3, "adam": 1e-5}
 SAVE_EVERY = {"zeroth-order": 500, "first-order": 50}  # a ledger repeats a step at the cost of its update alone
+OBJECTIVES = {"accuracy": "accuracy", "f1": "f1", "exact-match": "em"}  # what can be maximised -> the task's metric
 DEFAULT_NOISE = {"fzoo": "rademacher"}  # the papers' choices; gaussian for the others
 KIND = Literal["gaussian", "rademacher"]
 NOISE = Literal["gaussian", "rademacher", "low-rank"]
@@ -80,6 +81,12 @@ class FinetuneConfig(Config):
 
     task: str = Field(description="the task to tune on; `zotuner tasks` lists them")
     method: str = Field(description=" | ".join(METHODS) + " (evaluate only)")
+    objective: str | None = Field(
+        None,
+        description="what to maximise instead of lowering the task's loss: "
+        + ", ".join(OBJECTIVES)
+        + " or FILE.py:FUNCTION, a function (answer, example) -> reward",
+    )
     tuner: str | None = Field(None, description="folder or Hub id of a tuner, for zo-finetuner")
     lr: float | None = Field(None, gt=0, allow_inf_nan=False, description=f"learning rate; by method: {DEFAULT_LR}")
     lr_schedule: Literal["constant", "linear"] = Field("constant", description="linear: to 0 over the run")
@@ -107,6 +114,11 @@ class FinetuneConfig(Config):
     sync_every: int = Field(1, ge=1, description="steps after which the ledger is synced to the disk")
     compile: bool = Field(False, description="run torch.compile's code for the layers, in a few static lengths")
     dev_size: int | None = Field(None, ge=1, description="development examples; the task's own number by default")
+    k_shot: int | None = Field(
+        None,
+        ge=1,
+        description="training and development examples of each class, in place of their sizes; masked models: 16",
+    )
     eval_size: int = Field(1000, ge=1, description="evaluation examples")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations on dev; default: 5 a run")
     eval_batch_size: int = Field(32, ge=1, description="examples a forward in evaluation")
@@ -132,6 +144,8 @@ class FinetuneConfig(Config):
             raise ValueError("method zo-finetuner needs --tuner (a folder or a Hub id)")
         if self.method != "zo-finetuner" and self.tuner is not None:
             raise ValueError(f"--tuner is for method zo-finetuner, not for {self.method}")
+        if self.objective is not None:
+            self._check_objective(self.objective)
         if self.quantize is not None:
             self._check_quantize()
         if self.compile and (self.engine == "streamed" and "engine" in self.model_fields_set):
@@ -146,6 +160,12 @@ class FinetuneConfig(Config):
         for name, value in fill.items():
             object.__setattr__(self, name, value)
         return self
+
+    def _check_objective(self, objective: str) -> None:
+        if objective not in OBJECTIVES and ".py:" not in objective:
+            raise ValueError(f"{unknown('objective', objective, OBJECTIVES)}, or FILE.py:FUNCTION")
+        if self.method == "adam":
+            raise ValueError("--objective is for zeroth-order methods: a reward has no gradient for adam")
 
     def _check_quantize(self) -> None:
         """What integer weights do not go with."""

@@ -1,4 +1,4 @@
-"""Loss and accuracy over a set of examples, batched by length."""
+"""Loss and metrics over a set of examples, batched by length."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,28 +16,30 @@ def evaluate(
     examples: Sequence[Example],
     batch_size: int = 32,
     *,
+    answers: bool = True,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Scores every candidate of every example.
+    """Answers every example.
 
     Args:
-        model: A causal language model.
+        model: Of the objective's kind.
         objective: Of the task.
         examples: At least one.
         batch_size: Examples a forward.
+        answers: Leave metrics of generated answers out if not set: the loss alone is much faster.
         advance: Told how many examples were done.
 
     Returns:
-        `loss`: the mean of the task's training loss; `accuracy`: the share of examples whose right candidate scores
-        highest.
+        `loss`: the mean over the examples; then the task's metrics of the answers, by name.
     """
     ordered = sorted(examples, key=objective.length)
-    loss = correct = 0.0
+    prefix = objective.prefix(model, ordered)
+    loss, given = 0.0, []
     for start in range(0, len(ordered), batch_size):
         part = ordered[start : start + batch_size]
-        batch = objective.batch(part)
-        scores = objective.scores(model, batch)
-        loss += float(objective.losses(scores, batch.labels).double().sum())
-        correct += int((scores.argmax(dim=1).cpu() == batch.labels).sum())
+        assessed = objective.assess(model, part, prefix, answers=answers)
+        loss += float(assessed.losses.double().sum())
+        given += assessed.answers or []
         advance(len(part))
-    return {"loss": loss / len(ordered), "accuracy": correct / len(ordered)}
+    metrics = objective.task.metrics if given else {}
+    return {"loss": loss / len(ordered), **{name: metric(given, ordered) for name, metric in metrics.items()}}

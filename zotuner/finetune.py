@@ -17,8 +17,16 @@ from zotuner.errors import ZotunerError
 from zotuner.evaluate import evaluate
 from zotuner.files import check_out, claim_out, locked
 from zotuner.metrics import read_json, write_json
-from zotuner.models import compile_layers, load_model, restore_weights, save_model, weights_sha256
-from zotuner.objective import Objective
+from zotuner.models import (
+    compile_layers,
+    kind_of,
+    load_model,
+    max_positions,
+    restore_weights,
+    save_model,
+    weights_sha256,
+)
+from zotuner.objective import Objective, objective_for
 from zotuner.progress import Display, peak_rss_bytes
 from zotuner.quantized import quantize_
 from zotuner.signals import Requests
@@ -28,6 +36,7 @@ from zotuner.tasks import Example, Splits, get_task
 from zotuner.training import BEST, Progressed, Training
 from zotuner.tuner import Tuner, versions
 
+MASKED_K = 16  # examples of each class that masked models are tuned on (arXiv:2012.15723; arXiv:2305.17333)
 ZERO_SHOT, SUMMARY = "zero_shot.json", "summary.json"
 
 
@@ -35,6 +44,7 @@ ZERO_SHOT, SUMMARY = "zero_shot.json", "summary.json"
 class Setup:
     """What a run works with, loaded and checked before anything is written."""
 
+    config: FinetuneConfig
     model: Any
     tokenizer: Any
     objective: Objective
@@ -50,15 +60,20 @@ def prepare(config: FinetuneConfig) -> Setup:
     """
     task = get_task(config.task, config.data_dir)
     tuner = Tuner.from_pretrained(config.tuner) if config.tuner is not None else None
-    splits = task.splits(
-        train_size=config.train_size, dev_size=config.dev_size, eval_size=config.eval_size, seed=config.seed
-    )
     model, tokenizer = load_model(config.model, dtype=config.dtype)
+    kind = kind_of(model)
+    if kind == "masked" and not {"k_shot", "train_size"} & config.model_fields_set:
+        config = config.model_copy(update={"k_shot": MASKED_K})
+    sizes = {name: getattr(config, name) for name in ("train_size", "dev_size", "eval_size", "k_shot", "seed")}
+    splits = task.splits(**sizes, kind=kind)
     if config.quantize is not None:
         quantize_(model, config.quantize)
     if config.compile:
         compile_layers(model)
-    return Setup(model, tokenizer, Objective(task, tokenizer, config.max_length, static=config.compile), splits, tuner)
+    limit = max_positions(model, tokenizer) or config.max_length
+    options = {"max_length": min(config.max_length, limit), "static": config.compile, "kind": kind}
+    objective = objective_for(task, tokenizer, config.objective, **options)
+    return Setup(config, model, tokenizer, objective, splits, tuner)
 
 
 def finetune(config: FinetuneConfig, display: Display, *, resume: bool = False) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def finetune(config: FinetuneConfig, display: Display, *, resume: bool = False) 
     with display, Requests() as requests, locked(config.out):
         display.say(f"loading {config.model} and task {config.task}")
         setup = prepare(config)
+        config = setup.config
         stepper = stepper_for(config, setup.model, setup.tuner)
         if not resume:
             claim_out(config.out, config.overwrite, config.to_yaml())
@@ -100,32 +116,34 @@ def _run(
 ) -> dict[str, Any]:
     """Everything between loading and the summary."""
 
-    def evaluated(examples: Sequence[Example], title: str, state: str) -> dict[str, float]:
+    def evaluated(examples: Sequence[Example], title: str, state: str, answers: bool = False) -> dict[str, float]:
         bar = display.bar(title, len(examples))
 
         def advance(count: int) -> None:
             bar.advance(count)
             requests.check(state, f"zotuner finetune --resume {config.out}")
 
-        came = evaluate(setup.model, setup.objective, examples, config.eval_batch_size, advance=advance)
+        options: dict[str, Any] = {"batch_size": config.eval_batch_size, "answers": answers, "advance": advance}
+        came = evaluate(setup.model, setup.objective, examples, **options)
         bar.close()
         return came
 
     zero_shot = _once(
-        config.out / ZERO_SHOT, lambda: evaluated(setup.splits.test, "zero-shot", "before the first step")
+        config.out / ZERO_SHOT, lambda: evaluated(setup.splits.test, "zero-shot", "before the first step", True)
     )
     totals, dev = Progressed(), None
     if stepper is not None and config.steps:
         training = Training(config, setup, stepper, evaluated, display, requests)
         totals, dev = training.run()
         restore_weights(setup.model, config.out / BEST)
-    final = evaluated(setup.splits.test, "final", "after the last step") if totals.steps else zero_shot
+    final = evaluated(setup.splits.test, "final", "after the last step", True) if totals.steps else zero_shot
     if config.save_model:
         save_model(setup.model, setup.tokenizer, config.out / "model")
     return {
         "model": config.model,
         "task": config.task,
         "method": config.method,
+        "objective": config.objective,
         "steps": totals.steps,
         "forwards": totals.forwards,
         "tokens": totals.tokens,

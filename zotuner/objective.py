@@ -1,93 +1,104 @@
-"""From examples to a loss: the mean log-probability of each candidate's tokens, and what is made of it.
+"""From examples to a loss: what a step makes smaller.
 
-examples  ->  tokens  ->  rows that hold what candidates share once  ->  one forward, logits at the end alone
-          ->  scores (examples, candidates)  ->  cross-entropy over candidates | -score of the right one
+examples  ->  scores of the candidates  ->  cross-entropy over candidates | -score of the right one
+examples  ->  answers: the best candidate, or generated text  ->  -reward, which needs no gradient
 """
 
-import warnings
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from zotuner.batch import Batch, Candidate, Ids, arrange, collate
+from zotuner.config import OBJECTIVES
 from zotuner.errors import ZotunerError
-from zotuner.models import accepts
-from zotuner.tasks import Example, Task
+from zotuner.scoring import CausalScorer, Generator, MaskedScorer, Prefix
+from zotuner.tasks import Example, Kind, Mean, Score, Task
 
-WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")  # names that configurations give a short attention
+
+class Sized(Protocol):
+    """A batch of examples."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Assessed:
+    """What a model makes of some examples.
+
+    Attributes:
+        losses: (examples,) float32.
+        answers: One an example; None where nobody asked for them.
+    """
+
+    losses: Tensor
+    answers: list[str] | None
 
 
 class Objective:
-    """The loss and the scores of one task under one tokenizer.
-
-    Rows that hold several candidates need a model that honours a mask of 4 dimensions and positions of our own. The
-    first such batch is scored both ways, once a model; where the scores differ, candidates get rows of their own.
+    """The loss of one task under one tokenizer: cross-entropy over candidates, or language modelling of the right one.
 
     Args:
-        task: Gives the kind of loss.
+        task: Gives the kind of loss, and how answers are generated.
         tokenizer: A fast one, of transformers.
         max_length: Tokens of a row; a longer prompt loses its beginning.
         static: Pad to one of a few lengths, for compiled code, which serves one shape each.
+        kind: Of the model; a masked one always classifies.
+        special_tokens: Whether the tokenizer adds its special tokens; not where prompts have them already.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, max_length: int = 1024, *, static: bool = False) -> None:
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Any,
+        max_length: int = 1024,
+        *,
+        static: bool = False,
+        kind: Kind = "causal",
+        special_tokens: bool = True,
+    ) -> None:
         self.task = task
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._static = static
-        self._encode = lru_cache(maxsize=None)(self._encode_once)
-        self._packs: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+        self._classifies = kind == "masked" or task.loss == "classification"
+        self._generator: Generator | None = None
+        self._scorer: Any  # of one face: CausalScorer or MaskedScorer
+        if kind == "masked":
+            self._scorer = MaskedScorer(tokenizer, max_length)
+        else:
+            self._scorer = CausalScorer(tokenizer, max_length, static=static, special_tokens=special_tokens)
+            if task.generates:
+                options = {"max_length": max_length, "max_new_tokens": task.max_new_tokens, "stop": task.stop}
+                self._generator = Generator(tokenizer, self._scorer, **options)  # type: ignore[arg-type]
 
-    def _encode_once(self, prompt: str, candidate: str) -> tuple[Ids, Ids]:
-        """(path, target): the tokens a forward reads, and those it must predict: all that end in the candidate."""
-        encoded = self._tokenizer(prompt + candidate, return_offsets_mapping=True)
-        inside = [i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt)]
-        if not inside or inside[0] == 0:
-            raise ZotunerError(
-                f"expected a prompt and a candidate of a token or more, got {prompt!r} and {candidate!r}"
-            )
-        first, last = inside[0], inside[-1]  # a token that the tokenizer appends has no place in the text
-        ids = tuple(encoded["input_ids"][: last + 1])
-        return ids[:-1][-self._max_length :], ids[first:][-self._max_length :]
-
-    def _candidates(self, examples: Sequence[Example], right_only: bool) -> list[Candidate]:
-        return [
-            Candidate(*self._encode(example.prompt, text), e, 0 if right_only else c)
-            for e, example in enumerate(examples)
-            for c, text in enumerate(example.candidates)
-            if not right_only or c == example.label
-        ]
+    @property
+    def generates(self) -> bool:
+        """Whether a step's losses take generated text."""
+        return False
 
     def length(self, example: Example, *, right_only: bool = False) -> int:
         """Tokens of an example's longest row; arguments as of `batch`."""
-        paths = [candidate.path for candidate in self._candidates([example], right_only)]
-        return max(len(row.ids) for row in arrange(paths, self._max_length).values())
+        length: int = self._scorer.length(example, right_only=right_only)
+        return length
 
-    def batch(self, examples: Sequence[Example], *, right_only: bool = False) -> Batch:
+    def batch(self, examples: Sequence[Example], *, right_only: bool = False) -> Any:
         """Tokenises and pads.
 
         Args:
             examples: At least one.
             right_only: Leave the wrong candidates out: all that language modelling needs to train.
         """
-        candidates = self._candidates(examples, right_only)
-        labels = [0 if right_only else example.label for example in examples]
-        pad = self._tokenizer.pad_token_id or 0
-        return collate(candidates, labels, max_length=self._max_length, pad=pad, static=self._static)
+        return self._scorer.batch(examples, right_only=right_only)
 
     @property
     def _trains_on_right_only(self) -> bool:
-        return self.task.loss == "language-modelling"
+        return not self._classifies
 
-    def training_batch(self, examples: Sequence[Example]) -> Batch:
+    def training_batch(self, examples: Sequence[Example]) -> Any:
         """A batch with what the loss needs, and no more."""
         return self.batch(examples, right_only=self._trains_on_right_only)
 
-    def training_batches(self, examples: Sequence[Example], micro_batch_size: int | None = None) -> list[Batch]:
+    def training_batches(self, examples: Sequence[Example], micro_batch_size: int | None = None) -> list[Any]:
         """The examples in micro-batches: sorted by length, so that each is padded to its own longest.
 
         Args:
@@ -100,25 +111,22 @@ class Objective:
         starts = range(0, len(ordered), micro_batch_size)
         return [self.training_batch(ordered[start : start + micro_batch_size]) for start in starts]
 
-    def scores(self, model: Any, batch: Batch) -> Tensor:
-        """Mean log-probability of each candidate's tokens.
-
-        Returns:
-            (examples, most candidates) float32; -inf where an example has fewer candidates.
-        """
-        return _scores(model, self._readable(model, batch, 1), 1)[0]
+    def scores(self, model: Any, batch: Any) -> Tensor:
+        """(examples, most candidates) float32: how likely each candidate is; -inf where there is none."""
+        scores: Tensor = self._scorer.scores(model, batch)[0]
+        return scores
 
     def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The loss of each example, (examples,) float32, from `scores`."""
-        if self.task.loss == "classification":
+        if self._classifies:
             return torch.nn.functional.cross_entropy(scores, labels.to(scores.device), reduction="none")
         return -scores.gather(1, labels.to(scores.device)[:, None])[:, 0]
 
-    def loss(self, model: Any, batch: Batch, branches: int = 1) -> Tensor:
+    def loss(self, model: Any, batch: Any, branches: int = 1) -> Tensor:
         """The mean loss of a batch's examples.
 
         Args:
-            model: A causal language model.
+            model: Of the objective's kind.
             batch: Of `training_batch` or `batch`.
             branches: Evaluates the batch so many times in one forward, repeated along dim 0, a branch after the other,
                 for a model that computes each branch with weights of its own.
@@ -126,101 +134,147 @@ class Objective:
         Returns:
             float32, 0-d for one branch, otherwise (branches,).
         """
-        tables = _scores(model, self._readable(model, batch, branches), branches)
+        tables = self._scorer.scores(model, batch, branches)
         means = torch.stack([self.losses(table, batch.labels).mean() for table in tables])
         return means if branches > 1 else means[0]
 
-    def mean_loss(self, model: Any, batches: Sequence[Batch], branches: int = 1) -> Tensor:
+    def mean_loss(self, model: Any, batches: Sequence[Any], branches: int = 1) -> Tensor:
         """The mean loss of the examples of several batches, which need not be of one size; otherwise as `loss`."""
         weighted = zip(batches, shares(batches), strict=True)
         return torch.stack([share * self.loss(model, batch, branches) for batch, share in weighted]).sum(dim=0)
 
-    def tokens(self, model: Any, batches: Sequence[Batch]) -> int:
-        """Tokens that a forward over each batch computes, padding left out, as the model was last seen to read them."""
-        return sum(self._readable(model, batch, 1).tokens for batch in batches)
+    def tokens(self, model: Any, batches: Sequence[Any]) -> int:
+        """Tokens that a forward over each batch computes, padding and generated ones left out."""
+        return sum(self._scorer.tokens(model, batch) for batch in batches)
 
-    def _readable(self, model: Any, batch: Batch, branches: int) -> Batch:
-        """The batch itself, or its candidates in rows of their own if the model does not read it right."""
-        if batch.plain is None:
-            return batch
-        if not accepts(model)("position_ids") or batch.input_ids.shape[1] > _window(model):
-            return batch.plain
-        if model not in self._packs:
-            self._packs[model] = _agree(model, batch, branches)
-        return batch if self._packs[model] else batch.plain
+    def prefix(self, model: Any, examples: Sequence[Example]) -> Prefix | None:
+        """What all examples begin with, computed once while the weights stay; None where that is not worth it."""
+        prefix: Prefix | None = self._scorer.prefix(model, examples)
+        if prefix is not None and not self._scorer.goes_on(model, examples[:2], prefix):
+            return None
+        return prefix
+
+    def assess(
+        self, model: Any, examples: Sequence[Example], prefix: Prefix | None = None, *, answers: bool = True
+    ) -> Assessed:
+        """The loss of each example, and the model's answer to it.
+
+        Args:
+            model: Of the objective's kind.
+            examples: At least one.
+            prefix: Of `prefix`.
+            answers: Leave the answers out, where they have to be generated, if not set.
+        """
+        batch = self._scorer.batch(examples, prefix=prefix)
+        scores = self._scorer.scores(model, batch, prefix=prefix)[0]
+        losses = self.losses(scores, batch.labels)
+        if self._generator is None:
+            return Assessed(losses, _best(scores, examples))
+        return Assessed(losses, self._generated(model, examples, prefix) if answers else None)
+
+    def _generated(self, model: Any, examples: Sequence[Example], prefix: Prefix | None) -> list[str]:
+        assert self._generator is not None
+        prompts = self._generator.prompts([example.prompt for example in examples])
+        return self._generator.answers(model, prompts, prefix=prefix)[0]
 
 
-def shares(batches: Sequence[Batch]) -> list[float]:
+@dataclass(frozen=True, eq=False)
+class _Posed:
+    """Examples whose answers are rewarded, and what the model reads to answer them."""
+
+    examples: Sequence[Example]
+    batch: Any
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor([example.label for example in self.examples])
+
+
+class Reward(Objective):
+    """An objective without a gradient: minus the mean reward of the model's answers.
+
+    Args:
+        task: Whose examples are answered: by the best candidate, or by generated text.
+        tokenizer: As of `Objective`.
+        score: The reward of one answer.
+        **options: As of `Objective`.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any, score: Score, **options: Any) -> None:
+        super().__init__(task, tokenizer, **options)
+        self._score = score
+
+    @property
+    def generates(self) -> bool:
+        """Whether a step's losses take generated text."""
+        return self._generator is not None
+
+    @property
+    def _trains_on_right_only(self) -> bool:
+        return False
+
+    def training_batch(self, examples: Sequence[Example]) -> Any:
+        """A batch with what answering takes."""
+        if self._generator is None:
+            return _Posed(examples, self.batch(examples))
+        return _Posed(examples, self._generator.prompts([example.prompt for example in examples]))
+
+    def loss(self, model: Any, batch: _Posed, branches: int = 1) -> Tensor:
+        """As of `Objective`; it has no gradient."""
+        if self._generator is not None:
+            answers = self._generator.answers(model, batch.batch, branches)
+        else:
+            answers = [_best(table, batch.examples) for table in self._scorer.scores(model, batch.batch, branches)]
+        means = torch.stack([self._losses(given, batch.examples).mean() for given in answers])
+        return means if branches > 1 else means[0]
+
+    def tokens(self, model: Any, batches: Sequence[_Posed]) -> int:
+        """Tokens that a forward over each batch computes, padding and generated ones left out."""
+        if self._generator is not None:
+            return sum(batch.batch.tokens for batch in batches)
+        return super().tokens(model, [batch.batch for batch in batches])
+
+    def assess(
+        self, model: Any, examples: Sequence[Example], prefix: Prefix | None = None, *, answers: bool = True
+    ) -> Assessed:
+        """As of `Objective`; the answers are always there."""
+        found = super().assess(model, examples, prefix).answers
+        assert found is not None
+        return Assessed(self._losses(found, examples), found)
+
+    def _losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
+        return -torch.tensor([float(self._score(*pair)) for pair in zip(answers, examples, strict=True)])
+
+
+def objective_for(task: Task, tokenizer: Any, reward: str | Score | None, **options: Any) -> Objective:
+    """The task's own objective, or one that maximises a reward.
+
+    Args:
+        task: Any.
+        tokenizer: As of `Objective`.
+        reward: None, one of `zotuner.config.OBJECTIVES`, or a score.
+        **options: As of `Objective`.
+
+    Raises:
+        ZotunerError: The task has no such metric, or it is none of single answers.
+    """
+    if reward is None:
+        return Objective(task, tokenizer, **options)
+    if not isinstance(reward, str):
+        return Reward(task, tokenizer, reward, **options)
+    metric = task.metrics.get(OBJECTIVES[reward])
+    if not isinstance(metric, Mean):
+        known = [name for name, key in OBJECTIVES.items() if isinstance(task.metrics.get(key), Mean)]
+        raise ZotunerError(f"--objective {reward}: task {task.name} has {', '.join(known) or 'none'}")
+    return Reward(task, tokenizer, metric.score, **options)
+
+
+def shares(batches: Sequence[Sized]) -> list[float]:
     """The weight of each batch's mean in the mean of all examples."""
     total = sum(len(batch.labels) for batch in batches)
     return [len(batch.labels) / total for batch in batches]
 
 
-def _scores(model: Any, batch: Batch, branches: int) -> list[Tensor]:
-    """The scores of each branch; what is as large as the vocabulary is made for one branch at a time."""
-    rows, columns, predictors, targets, counts, example, number = (
-        x.to(model.device) for x in (*batch.places, batch.predictors, batch.targets, batch.counts, *batch.cell)
-    )
-    longest = targets.shape[1]
-    scored = torch.arange(longest, device=model.device) >= longest - counts[:, None]
-    tables = []
-    for logits in _logits(model, batch, branches).chunk(branches):  # (rows, last, vocabulary)
-        log_probs = torch.log_softmax(logits[rows, columns].float(), dim=-1)  # (places, vocabulary)
-        sums = (log_probs[predictors, targets] * scored).sum(dim=1)
-        table = sums.new_full((len(batch.labels), int(batch.cell[1].max()) + 1), -torch.inf)
-        tables.append(table.index_put((example, number), sums / counts))
-    return tables
-
-
-def _logits(model: Any, batch: Batch, branches: int) -> Tensor:
-    """Logits, (branches * rows, columns, vocabulary); of the last columns alone where the model can."""
-    has = accepts(model)
-    mask = batch.attention_mask if batch.plain is None else _additive(batch.visible(), _dtype(model))
-    inputs = {"input_ids": batch.input_ids, "attention_mask": mask}
-    if has("position_ids"):
-        inputs["position_ids"] = batch.position_ids
-    inputs = {name: torch.cat([x] * branches).to(model.device) for name, x in inputs.items()}
-    options: dict[str, Any] = {"use_cache": False} if has("use_cache") else {}
-    if has("logits_to_keep"):
-        options["logits_to_keep"] = batch.last
-    logits: Tensor = model(**inputs, **options).logits
-    return logits
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """(rows, 1, length, length): what attention adds to its logits; every implementation of attention knows this."""
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
-
-
-def _dtype(model: Any) -> torch.dtype:
-    dtype: torch.dtype = next(param.dtype for param in model.parameters() if param.is_floating_point())
-    return dtype
-
-
-def _window(model: Any) -> float:
-    """Over how many tokens the model's attention reaches at least; a mask of our own would undo such a limit."""
-    config = getattr(model, "config", None)
-    stated = [getattr(config, name, None) for name in WINDOWS]
-    return min((window for window in stated if isinstance(window, int)), default=torch.inf)
-
-
-@torch.no_grad()
-def _agree(model: Any, batch: Batch, branches: int) -> bool:
-    """Whether a packed batch has the scores of the plain one, to rounding; warns where it has not."""
-    assert batch.plain is not None
-    plain = torch.stack(_scores(model, batch.plain, branches))
-    try:
-        packed = torch.stack(_scores(model, batch, branches))
-    except Exception as error:  # each architecture refuses a mask of 4 dimensions in its own way
-        reason = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
-    else:
-        differ = float((packed - plain)[plain != -torch.inf].square().mean().sqrt())
-        if differ <= torch.finfo(_dtype(model)).eps ** 0.5:  # bfloat16: rounding gives 0.02, a mask unheeded 0.3
-            return True
-        reason = f"scores differ by {differ:.2g}"
-    warnings.warn(
-        f"{type(model).__name__} cannot read several candidates in one row ({reason}): each gets a row of its own, "
-        "as right, but slower",
-        stacklevel=4,
-    )
-    return False
+def _best(scores: Tensor, examples: Sequence[Example]) -> list[str]:
+    """The candidate with the highest score, of each example."""
+    return [e.candidates[i] for e, i in zip(examples, scores.argmax(dim=1).tolist(), strict=True)]

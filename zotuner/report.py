@@ -45,8 +45,10 @@ def new_table(title: str | None, *names: str) -> Table:
 
 def table(runs: Sequence[Path], title: str | None = None) -> Table:
     """One row a run: what it cost (GiB: peak memory) and what it gave (loss and metric of the best on dev)."""
-    out = new_table(title, "run", "lr", "steps", "forwards", "sec", "GiB", "dev @step", "loss", "acc")
     summaries = [read_summary(run) for run in runs]
+    names = {main_metric(s["final"])[0] for s in summaries}
+    metric = names.pop() if len(names) == 1 else "metric"
+    out = new_table(title, "run", "lr", "steps", "forwards", "sec", "GiB", "dev @step", "loss", metric)
     several = len({(s["model"], s["task"]) for s in summaries}) > 1
     shown: set[tuple[str, str]] = set()
     for run, s in zip(runs, summaries, strict=True):
@@ -56,8 +58,7 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
             out.add_row(
                 f"zero-shot {s['task']}" if several else "zero-shot",
                 *[""] * 6,
-                number(zero["loss"], ".4f"),
-                number(zero["accuracy"], ".3f"),
+                *_loss_and_metric(zero, metric),
             )
         best = (s["dev"] or {}).get("best")
         out.add_row(
@@ -68,10 +69,20 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
             f"{s['seconds']:.0f}",
             f"{s['peak_rss_bytes'] / 2**30:.2f}",
             f"{number(best['loss'], '.4f')} @{best['step']}" if best else "",
-            number(s["final"]["loss"], ".4f"),
-            number(s["final"]["accuracy"], ".3f"),
+            *_loss_and_metric(s["final"], metric),
         )
     return out
+
+
+def main_metric(evaluated: dict[str, Any]) -> tuple[str, float | None]:
+    """The name and the value of the metric to look at: the first behind the loss."""
+    return next((pair for pair in evaluated.items() if pair[0] != "loss"), ("", None))
+
+
+def _loss_and_metric(evaluated: dict[str, Any], column: str) -> tuple[str, str]:
+    """Their cells; the metric is named where the column does not."""
+    name, value = main_metric(evaluated)
+    return number(evaluated["loss"], ".4f"), number(value, ".3f") + ("" if name == column else f" {name}")
 
 
 def plot(runs: Sequence[Path], path: Path) -> None:

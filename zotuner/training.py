@@ -20,7 +20,7 @@ from zotuner.batch import Batch
 from zotuner.config import FinetuneConfig
 from zotuner.errors import Interrupted, ZotunerError
 from zotuner.ledger import Ledger, Record
-from zotuner.metrics import MetricsLog, keep_rows
+from zotuner.metrics import COUNTS, MetricsLog, keep_rows
 from zotuner.models import keep_weights, weights_sha256
 from zotuner.objective import Objective
 from zotuner.progress import Display
@@ -41,7 +41,7 @@ BEST = "best.safetensors"  # the best weights so far, for the time of a run
 LEDGER, METRICS, EVALS, SCALES = "ledger.bin", "metrics.jsonl", "evals.jsonl", "scales.jsonl"
 SCALES_ROWS = 100  # about so many of a run's steps leave their scales
 
-Evaluated = Callable[[Sequence[Example], str, str], dict[str, float]]  # (examples, title, how far the run is)
+Evaluated = Callable[[Sequence[Example], str, str], dict[str, float]]  # (examples, title, how far) -> loss, metrics
 SAME = {  # of a ledger's header: what a run that goes on must have in common with its beginning
     "weights_sha256": "the model's weights (SHA-256)",
     "data_sha256": "the examples (SHA-256)",
@@ -311,7 +311,8 @@ class _Dev:
             self._compare(step, self.last)
             return
         self.last = self._evaluate(step)
-        self._display.say(f"step {step}: dev loss {self.last['loss']:.4f}, accuracy {self.last['accuracy']:.3f}")
+        metrics = "".join(f", {name} {value:.3f}" for name, value in self.last.items() if name != "loss")
+        self._display.say(f"step {step}: dev loss {self.last['loss']:.4f}{metrics}")
         if self._compare(step, self.last):
             keep_weights(self._setup.model, self._config.out / BEST)  # before the row, which says that they are there
         self._write(step, self.last)
@@ -320,8 +321,8 @@ class _Dev:
         return self._evaluated(self._setup.splits.dev, "dev", f"after step {step} of {self._config.steps}")
 
     def _came(self, step: int) -> dict[str, float]:
-        row = self._kept[step]
-        return {name: math.nan if row[name] is None else row[name] for name in ("loss", "accuracy")}
+        found = {name: value for name, value in self._kept[step].items() if name not in COUNTS}
+        return {name: math.nan if value is None else value for name, value in found.items()}
 
     def _compare(self, step: int, came: dict[str, float]) -> bool:
         """Whether it is the best so far; it is noted then."""

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from zotuner.config import read_yaml
 from zotuner.errors import ZotunerError
 from zotuner.files import has_writer, is_run
 from zotuner.log.scales import Scales
-from zotuner.metrics import read_rows
+from zotuner.metrics import COUNTS, read_rows
 
 # Seconds without a new row after which a run on another machine seems to have stopped; ten of its steps, if longer
 SILENCE = 600.0
@@ -81,11 +81,20 @@ class MetaStep(Step):
 
 
 class Evaluation(_Read):
-    """A row of `evals.jsonl`: the dev examples after `step` steps."""
+    """A row of `evals.jsonl`: the dev examples after `step` steps; `metrics` are the task's."""
 
     step: int = Field(ge=0)
     loss: float | None
-    accuracy: float | None = None
+    metrics: dict[str, float | None] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gathered(cls, row: Any) -> Any:
+        """What a row holds beside counts and loss are metrics."""
+        if not isinstance(row, dict):
+            return row
+        apart = {"loss", *COUNTS}
+        return {**row, "metrics": {name: value for name, value in row.items() if name not in apart}}
 
 
 class _Blocks(_Read):

@@ -112,7 +112,8 @@ def _with_evaluations(run: Run, cuts: Sequence[slice], columns: dict[str, list[s
     out["dev @step"] = [
         "" if row is None else f"{number(row.loss, '.4f')} @{row.step}{'*' if row is run.best else ' '}" for row in best
     ]
-    out["acc"] = ["" if row is None else number(row.accuracy, ".3f") for row in best]
+    for name in dict.fromkeys(name for row in run.evaluations for name in row.metrics):
+        out[name] = ["" if row is None else number(row.metrics.get(name), ".3f") for row in best]
     return out
 
 

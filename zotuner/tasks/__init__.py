@@ -3,12 +3,24 @@
 from pathlib import Path
 
 from zotuner.errors import ZotunerError, unknown
-from zotuner.tasks.base import Splits, Task, batches, digest
+from zotuner.tasks.base import Kind, Splits, Task, batches, digest
 from zotuner.tasks.copa import Copa, DemoCopa
-from zotuner.tasks.scores import Example
+from zotuner.tasks.scores import Example, Mean, Metric, Score
 from zotuner.tasks.sst2 import DemoSentiment, Sst2
 
-__all__ = ["TASKS", "Example", "Splits", "Task", "batches", "digest", "get_task"]
+__all__ = [
+    "TASKS",
+    "Example",
+    "Kind",
+    "Mean",
+    "Metric",
+    "Score",
+    "Splits",
+    "Task",
+    "batches",
+    "digest",
+    "get_task",
+]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Copa, Sst2, DemoCopa, DemoSentiment)}
 
