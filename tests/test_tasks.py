@@ -1,8 +1,7 @@
-"""Tasks: prompts as published, the embedded sets, the draw of a run's examples, and where rows come from."""
+"""Tasks: where rows come from, and what is checked of them; the embedded sets."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -17,65 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer, hub_env
+from task_rows import CAUSE, EFFECT, REVIEW, ROWS, Row, reviews, sst2_dir, stories, without, write_rows
 
 from zotuner.errors import ZotunerError
-from zotuner.tasks import TASKS, Example, Task, batches, get_task
+from zotuner.tasks import TASKS, Example, get_task
 from zotuner.tasks.base import EmbeddedTask
 
-Rows = list[dict[str, Any]]
 SPLITS = ("train", "validation", "test")
 DEMO_SIZES = {"demo-copa": (96, 32, 40), "demo-sentiment": (200, 60, 100)}
-
-CAUSE = {
-    "premise": "My body cast a shadow over the grass.",
-    "choice1": "The sun was rising.",
-    "choice2": "The grass was cut.",
-    "question": "cause",
-    "idx": 0,
-    "label": 0,
-}
-EFFECT = {
-    "premise": "The man turned on the faucet. ",
-    "choice1": "The toilet filled with water.",
-    "choice2": "Water flowed from the spout.",
-    "question": "effect",
-    "idx": 4,
-    "label": 1,
-}
-REVIEW = {"sentence": "hide new secretions from the parental units ", "label": 0, "idx": 0}
-
-# A prompt that changes must raise prompt_version, and then its golden: results by different prompts do not compare.
-GOLDEN: list[tuple[str, int, dict[str, Any], Example]] = [
-    (
-        "copa",
-        1,
-        CAUSE,
-        Example(
-            "My body cast a shadow over the grass because", (" the sun was rising.", " the grass was cut."), label=0
-        ),
-    ),
-    (
-        "copa",
-        1,
-        EFFECT,
-        Example(
-            "The man turned on the faucet so",
-            (" the toilet filled with water.", " water flowed from the spout."),
-            label=1,
-        ),
-    ),
-    (
-        "sst2",
-        1,
-        REVIEW,
-        Example("hide new secretions from the parental units It was", (" terrible", " great"), label=0),
-    ),
-]
-# (name, prompt_version) -> SHA-256 of all examples of an embedded set
-GOLDEN_SETS: dict[tuple[str, int], str] = {
-    ("demo-copa", 1): "577cb4520b72b9d2946095b7c0cf4e33456c4e234797cc29287034b49f6ec1e9",
-    ("demo-sentiment", 1): "effc3e33b664ef5a501e7799bf3a4ff53b3d3828d325e8910e3b8626fe4e58a3",
-}
 
 FROM_HUB = """
 import json
@@ -106,41 +54,6 @@ except ZotunerError as error:
 """
 
 
-def write_rows(data_dir: Path, task: str, **splits: Rows) -> Path:
-    """Writes `data_dir/task/split.jsonl` for every split given; returns `data_dir`."""
-    (data_dir / task).mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (data_dir / task / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    return data_dir
-
-
-def reviews(count: int, tag: str = "review") -> Rows:
-    """Rows of SST-2 that can be told apart."""
-    return [{"sentence": f"{tag} {i}", "label": i % 2, "idx": i} for i in range(count)]
-
-
-def stories(count: int, tag: str = "story") -> Rows:
-    """Rows of COPA that can be told apart, both kinds of question."""
-    return [
-        CAUSE | {"premise": f"Some {tag} {i}.", "question": ("cause", "effect")[i % 2], "label": i // 2 % 2, "idx": i}
-        for i in range(count)
-    ]
-
-
-def sst2_dir(tmp_path: Path, train: int = 40, validation: int = 12) -> Path:
-    """A data directory of SST-2."""
-    return write_rows(tmp_path, "sst2", train=reviews(train, "train"), validation=reviews(validation, "validation"))
-
-
-def rendered(task: Task) -> str:
-    """SHA-256 of all examples of all splits."""
-    fields = ("prompt", "candidates", "label")
-    read = [[asdict(task.example(row)) for row in task.rows(split)] for split in SPLITS]
-    examples = [[{field: example[field] for field in fields} for example in split] for split in read]
-    return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
-
-
 def run_script(code: str, env: dict[str, str]) -> Any:
     """The JSON that a script prints last."""
     done = subprocess.run(
@@ -148,53 +61,6 @@ def run_script(code: str, env: dict[str, str]) -> Any:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize(("name", "version", "row", "expected"), GOLDEN, ids=["cause", "effect", "sst2"])
-def test_a_row_becomes_the_published_prompt(name: str, version: int, row: dict[str, Any], expected: Example) -> None:
-    task = get_task(name)
-    assert task.example(row) == expected
-    assert task.prompt_version == version
-
-
-def test_every_task_has_a_golden_prompt() -> None:
-    by_hand = {name for name, *_ in GOLDEN}
-    embedded = {name for name, _ in GOLDEN_SETS}
-    assert by_hand | embedded == set(TASKS)
-
-
-@pytest.mark.parametrize("name", sorted(DEMO_SIZES))
-def test_embedded_examples_change_only_with_the_prompt_version(name: str) -> None:
-    task = get_task(name)
-    assert GOLDEN_SETS.get((name, task.prompt_version)) == rendered(task), "raise prompt_version and add its golden"
-
-
-def test_a_premise_keeps_all_but_its_last_full_stop() -> None:
-    copa = get_task("copa")
-    assert copa.example(CAUSE | {"premise": "Was it Dr. No?"}).prompt == "Was it Dr. No? because"
-    assert copa.example(CAUSE | {"premise": "It was Dr. No.."}).prompt == "It was Dr. No. because"
-
-
-def test_prompts_end_and_candidates_begin_where_a_tokenizer_splits() -> None:
-    """A candidate carries the space before it: prompt + candidate is the text, and the prompt ends in no space."""
-    for task in (get_task("demo-copa"), get_task("demo-sentiment")):
-        for example in map(task.example, task.rows("train")):
-            assert not example.prompt.endswith(" ")
-            assert all(text[0] == " " and text[1] != " " for text in example.candidates)
-
-
-@pytest.mark.parametrize(("demo", "published"), [("demo-copa", "copa"), ("demo-sentiment", "sst2")])
-def test_a_demo_task_has_the_prompt_and_loss_of_the_published_one(demo: str, published: str) -> None:
-    row = get_task(demo).rows("train")[0]
-    assert get_task(demo).example(row) == get_task(published).example(row)
-    assert TASKS[demo].loss == TASKS[published].loss
-
-
-def test_losses_are_the_published_ones() -> None:
-    assert {name: TASKS[name].loss for name in ("copa", "sst2")} == {
-        "copa": "language-modelling",
-        "sst2": "classification",
-    }
 
 
 @pytest.mark.parametrize("name", sorted(DEMO_SIZES))
@@ -235,77 +101,6 @@ def test_embedded_copa_choices_differ_within_an_item_and_between_splits() -> Non
     assert all(not a & b for a, b in itertools.combinations(by_split, 2))
 
 
-@pytest.mark.parametrize("name", ["demo-copa", "demo-sentiment"])
-def test_the_same_seed_draws_the_same_examples_and_another_seed_others(name: str) -> None:
-    def draw(seed: int) -> Any:
-        return get_task(name).splits(train_size=20, dev_size=10, eval_size=10, seed=seed)
-
-    assert draw(1) == draw(1)
-    one, other = draw(1), draw(2)
-    assert one.train != other.train
-    assert one.dev != other.dev
-    assert one.test != other.test
-
-
-def test_dev_drawn_from_train_is_disjoint_from_it(tmp_path: Path) -> None:
-    splits = get_task("sst2", sst2_dir(tmp_path)).splits(train_size=30, dev_size=10, seed=3)
-    prompts = [{example.prompt for example in part} for part in (splits.train, splits.dev)]
-    assert [len(part) for part in prompts] == [30, 10]
-    assert not prompts[0] & prompts[1]
-
-
-def test_development_examples_do_not_depend_on_the_number_of_training_examples(tmp_path: Path) -> None:
-    task = get_task("sst2", sst2_dir(tmp_path))
-    few, many = (task.splits(train_size=size, dev_size=5, eval_size=7, seed=1) for size in (4, 30))
-    assert few.train == many.train[:4]
-    assert (few.dev, few.test) == (many.dev, many.test)
-
-
-@pytest.mark.parametrize(
-    ("train_size", "dev_size", "expected"),
-    [
-        (1000, None, (30, 10)),  # a quarter of 40 rows, though 500 are wanted
-        (1000, 4, (36, 4)),
-        (5, 400, (5, 10)),
-        (1, 1, (1, 1)),
-    ],
-)
-def test_sizes_are_clipped_to_what_there_is(
-    tmp_path: Path, train_size: int, dev_size: int | None, expected: tuple[int, int]
-) -> None:
-    splits = get_task("sst2", sst2_dir(tmp_path)).splits(train_size=train_size, dev_size=dev_size, eval_size=1000)
-    assert (len(splits.train), len(splits.dev)) == expected
-    assert len(splits.test) == 12
-
-
-def test_evaluation_examples_come_from_the_validation_split(tmp_path: Path) -> None:
-    """The official test sets have no labels."""
-    splits = get_task("sst2", sst2_dir(tmp_path)).splits(train_size=10, eval_size=5)
-    assert len(splits.test) == 5
-    assert all(example.prompt.startswith("validation ") for example in splits.test)
-    assert all(example.prompt.startswith("train ") for example in splits.train + splits.dev)
-
-
-def test_two_training_rows_are_enough_and_one_is_not(tmp_path: Path) -> None:
-    splits = get_task("sst2", sst2_dir(tmp_path, train=2)).splits(train_size=10)
-    assert (len(splits.train), len(splits.dev)) == (1, 1)
-    with pytest.raises(ZotunerError, match="at least 2 training rows"):
-        get_task("sst2", sst2_dir(tmp_path, train=1)).splits(train_size=10)
-
-
-def test_published_development_sizes() -> None:
-    assert (TASKS["sst2"].dev_size, TASKS["copa"].dev_size) == (500, 100)
-
-
-def test_embedded_dev_and_test_come_from_their_own_splits() -> None:
-    task = get_task("demo-sentiment")
-    splits = task.splits(train_size=1000, dev_size=1000, eval_size=1000)
-    of = {split: Counter(map(task.example, task.rows(split))) for split in SPLITS}
-    assert Counter(splits.train) == of["train"]
-    assert Counter(splits.dev) == of["validation"]
-    assert Counter(splits.test) == of["test"]
-
-
 def test_a_data_directory_is_read_line_by_line(tmp_path: Path) -> None:
     write_rows(tmp_path, "copa", train=[CAUSE])
     odd = EFFECT | {"premise": "Café\u2028closed."}
@@ -319,35 +114,68 @@ def test_fields_that_a_task_does_not_need_are_ignored(tmp_path: Path) -> None:
     assert get_task("sst2", write_rows(tmp_path, "sst2", train=rows)).rows("train") == rows
 
 
-def without(row: dict[str, Any], field: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != field}
+LABELLED = [name for name in ROWS if TASKS[name].label_field in TASKS[name].fields]
+SQUAD, DROP, RECORD = ROWS["squad"], ROWS["drop"], ROWS["record"]
 
 
 @pytest.mark.parametrize(
     ("task", "row", "says"),
     [
-        ("sst2", without(REVIEW, "sentence"), "row 3: field 'sentence' is missing; task sst2 needs"),
-        ("sst2", without(REVIEW, "label"), "row 3: field 'label' is missing"),
-        ("copa", without(CAUSE, "choice2"), "row 3: field 'choice2' is missing"),
-        ("sst2", REVIEW | {"sentence": 7}, "row 3: field 'sentence' must be a str, got 7"),
-        ("sst2", REVIEW | {"sentence": None}, "row 3: field 'sentence' must be a str, got None"),
-        ("sst2", REVIEW | {"label": "1"}, "row 3: field 'label' must be a int, got '1'"),
-        ("sst2", REVIEW | {"label": 1.0}, "row 3: field 'label' must be a int, got 1.0"),
-        ("sst2", REVIEW | {"label": True}, "row 3: field 'label' must be a int, got True"),
-        ("sst2", REVIEW | {"label": 2}, "row 3: field 'label' must be 0 to 1, got 2"),
-        ("sst2", REVIEW | {"label": -1}, "row 3: field 'label' must be 0 to 1, got -1"),
-        ("copa", CAUSE | {"label": 2}, "row 3: field 'label' must be 0 to 1, got 2"),
+        ("sst2", REVIEW | {"sentence": 7}, "'sentence' must be a str, got 7"),
+        ("sst2", REVIEW | {"sentence": None}, "'sentence' must be a str, got None"),
+        ("sst2", REVIEW | {"label": "1"}, "'label' must be a int, got '1'"),
+        ("sst2", REVIEW | {"label": 1.0}, "'label' must be a int, got 1.0"),
+        ("sst2", REVIEW | {"label": True}, "'label' must be a int, got True"),
+        ("sst2", REVIEW | {"label": -1}, "'label' must be 0 to 1, got -1"),
+        ("mnli", ROWS["mnli"] | {"label": -1}, "'label' must be 0 to 2, got -1"),
+        ("snli", ROWS["snli"] | {"label": -2}, "'label' must be 0 to 2, got -2"),
+        ("squad", SQUAD | {"answers": ["war"]}, "'answers' must be a dict, got ['war']"),
+        (
+            "squad",
+            SQUAD | {"answers": {"text": []}},
+            "'answers' must have one text or more in 'text', got {'text': []}",
+        ),
+        ("squad", SQUAD | {"answers": {"text": "war"}}, "'answers' must have one text or more in 'text', got"),
+        ("drop", DROP | {"answers_spans": {}}, "'answers_spans' must have one text or more in 'spans', got {}"),
+        ("drop", DROP | {"answers_spans": {"spans": [7]}}, "'answers_spans' must have one text or more in 'spans'"),
+        ("record", RECORD | {"entities": [1]}, "'entities' must be a list of texts, got [1]"),
+        ("record", RECORD | {"answers": [None]}, "'answers' must be a list of texts, got [None]"),
+        ("record", RECORD | {"query": "Who?"}, "'query' must have a gap, @placeholder, got 'Who?'"),
+        (
+            "gsm8k",
+            ROWS["gsm8k"] | {"answer": "It is 72."},
+            "'answer' must end in '#### ' and a number, got 'It is 72.'",
+        ),
+        ("gsm8k", ROWS["gsm8k"] | {"answer": "So\n#### x"}, "'answer' must end in '#### ' and a number, got"),
+        *((name, without(ROWS[name], field), f"{field!r} is missing") for name in ROWS for field in TASKS[name].fields),
+        *((name, ROWS[name] | {field: 1.5}, f"{field!r} must be a ") for name in ROWS for field in TASKS[name].fields),
+        *((name, ROWS[name] | {TASKS[name].label_field: TASKS[name].labels}, "must be 0 to ") for name in LABELLED),
     ],
 )
-def test_a_bad_row_is_named_with_its_file_number_and_field(
-    tmp_path: Path, task: str, row: dict[str, Any], says: str
-) -> None:
-    good = REVIEW if task == "sst2" else CAUSE
-    write_rows(tmp_path, task, train=[good, good, row])
+def test_a_bad_row_is_named_with_its_file_number_and_field(tmp_path: Path, task: str, row: Row, says: str) -> None:
+    write_rows(tmp_path, task, train=[ROWS[task], ROWS[task], row])
     with pytest.raises(ZotunerError) as caught:
         get_task(task, tmp_path).rows("train")
-    assert f"{tmp_path / task / 'train.jsonl'}, {says}" in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / task / 'train.jsonl'}, row 3: field ")
+    assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("snli", ROWS["snli"] | {"label": -1}),
+        ("record", RECORD | {"answers": []}),
+        ("record", RECORD | {"answers": ["Nobody"]}),
+        ("metamathqa", ROWS["metamathqa"] | {"response": "It is 72."}),
+    ],
+)
+def test_rows_that_the_published_set_leaves_unlabelled_are_dropped(tmp_path: Path, task: str, row: Row) -> None:
+    kept = ROWS[task] | {"more": "kept"}
+    write_rows(tmp_path, task, train=[row, kept, row], validation=[row])
+    assert get_task(task, tmp_path).rows("train") == [kept]
+    with pytest.raises(ZotunerError, match=rf"validation.jsonl: expected examples of task {task}, found none"):
+        get_task(task, tmp_path).rows("validation")
 
 
 @pytest.mark.parametrize("question", ["Cause", "reason", ""])
@@ -445,28 +273,3 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(tmp_path: Path) -> None
     assert message.startswith("task sst2: cannot be had from the Hub (nyu-mll/glue: ")
     assert message.endswith("go online, or pass --data-dir D with D/sst2/train.jsonl")
     assert "\n" not in message
-
-
-EXAMPLES = [Example(f"prompt {i}", (" a", " b"), 0) for i in range(10)]
-
-
-@pytest.mark.parametrize(("batch_size", "sizes"), [(3, [3, 3, 3, 1]), (5, [5, 5]), (10, [10]), (64, [10])])
-def test_each_epoch_covers_every_example_exactly_once(batch_size: int, sizes: list[int]) -> None:
-    stream = batches(EXAMPLES, batch_size, seed=4)
-    epochs = [[next(stream) for _ in sizes] for _ in range(3)]
-    for epoch in epochs:
-        assert [len(batch) for batch in epoch] == sizes
-        assert Counter(itertools.chain.from_iterable(epoch)) == Counter(EXAMPLES)
-
-
-def test_epochs_have_different_orders() -> None:
-    first, second = itertools.islice(batches(EXAMPLES, 10, seed=4), 2)
-    assert first != second
-
-
-def test_batches_are_a_function_of_the_seed() -> None:
-    def draw(seed: int) -> list[list[Example]]:
-        return list(itertools.islice(batches(EXAMPLES, 3, seed), 9))
-
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)

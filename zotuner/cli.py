@@ -283,7 +283,9 @@ def _tasks(arguments: argparse.Namespace) -> None:
     from zotuner.progress import stdout
     from zotuner.tasks import TASKS
 
-    table = Table("task", "loss", "from", "what it is")
+    table = Table("task", "models", "loss", "metrics", "from", "what it is")
     for name, task in TASKS.items():
-        table.add_row(name, task.loss, " ".join(task.hub) if task.hub else "the package", (task.__doc__ or "").strip())
+        what = (task.__doc__ or "").split("\n")[0].partition(" (")[0]  # without the source
+        where = " ".join(task.hub) if task.hub else "the package"
+        table.add_row(name, " ".join(task.kinds()), task.loss, " ".join(task.metrics), where, what)
     stdout().print(table)

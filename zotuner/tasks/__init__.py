@@ -4,9 +4,24 @@ from pathlib import Path
 
 from zotuner.errors import ZotunerError, unknown
 from zotuner.tasks.base import Kind, Splits, Task, batches, digest
+from zotuner.tasks.boolq import BoolQ
+from zotuner.tasks.cb import Cb
 from zotuner.tasks.copa import Copa, DemoCopa
+from zotuner.tasks.drop import Drop
+from zotuner.tasks.gsm8k import Gsm8k
+from zotuner.tasks.metamathqa import MetaMathQA
+from zotuner.tasks.mnli import Mnli
+from zotuner.tasks.multirc import MultiRC
+from zotuner.tasks.record import Record
+from zotuner.tasks.rte import Rte
 from zotuner.tasks.scores import Example, Mean, Metric, Score
+from zotuner.tasks.snli import Snli
+from zotuner.tasks.squad import Squad
 from zotuner.tasks.sst2 import DemoSentiment, Sst2
+from zotuner.tasks.sst5 import Sst5
+from zotuner.tasks.trec import Trec
+from zotuner.tasks.wic import Wic
+from zotuner.tasks.wsc import Wsc
 
 __all__ = [
     "TASKS",
@@ -22,7 +37,14 @@ __all__ = [
     "get_task",
 ]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Copa, Sst2, DemoCopa, DemoSentiment)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        *(Sst2, Rte, Cb, BoolQ, Wsc, Wic, MultiRC, Copa, Record, Squad, Drop),  # the order of MeZO's tables
+        *(Sst5, Trec, Mnli, Snli),  # masked models alone
+        *(Gsm8k, MetaMathQA, DemoCopa, DemoSentiment),
+    )
+}
 
 
 def get_task(name: str, data_dir: str | Path | None = None) -> Task:

@@ -34,7 +34,8 @@ class Task(ABC):
         prompt_version: Raised whenever a prompt changes.
         hub: (repository, configuration) on the Hub; None for a task that is embedded.
         fields: Of a row: name to type.
-        labels: Number of labels a row may have, if it has a field "label".
+        label_field: The field that holds a row's class, if `fields` has it.
+        labels: Number of classes.
         loss: "classification" over the candidates, or "language-modelling" of the right one, for causal models; masked
             ones always classify.
         metrics: By name; the first is the one to look at.
@@ -53,6 +54,7 @@ class Task(ABC):
     prompt_version: ClassVar[int] = 1
     hub: ClassVar[tuple[str, str] | None]
     fields: ClassVar[dict[str, type]]
+    label_field: ClassVar[str] = "label"
     labels: ClassVar[int] = 2
     loss: ClassVar[Literal["classification", "language-modelling"]]
     metrics: ClassVar[dict[str, Metric]] = {"accuracy": Mean(right)}
@@ -82,22 +84,33 @@ class Task(ABC):
         """
         raise ZotunerError(f"task {self.name} has a prompt for causal models alone")
 
+    @classmethod
+    def kinds(cls) -> tuple[Kind, ...]:
+        """Of models that the task has a prompt for."""
+        found: dict[Kind, bool] = {"causal": cls.example is not Task.example, "masked": cls.masked is not Task.masked}
+        return tuple(kind for kind, has in found.items() if has)
+
     def label(self, row: Row) -> int:
         """The class of a row, for sampling so many of each."""
-        number: int = row["label"]
+        number: int = row[self.label_field]
         return number
 
+    def labelled(self, row: Row) -> bool:
+        """False for a row, right in form, that the published set leaves without an answer: `rows` drops it."""
+        return True
+
     def rows(self, split: str) -> list[Row]:
-        """All rows of a split, checked.
+        """All labelled rows of a split, checked.
 
         Raises:
             ZotunerError: No such data, an empty split, a field that is missing or of another type.
         """
         where, rows = self._read(split)
-        if not rows:
-            raise ZotunerError(f"{where}: expected examples of task {self.name}, found none")
         for number, row in enumerate(rows, start=1):
             self._check(row, f"{where}, row {number}")
+        rows = [row for row in rows if self.labelled(row)]
+        if not rows:
+            raise ZotunerError(f"{where}: expected examples of task {self.name}, found none")
         return rows
 
     def _read(self, split: str) -> tuple[str, list[Row]]:
@@ -126,8 +139,9 @@ class Task(ABC):
                 raise ZotunerError(f"{where}: field {field!r} is missing; task {self.name} needs {list(self.fields)}")
             if not isinstance(row[field], kind) or isinstance(row[field], bool):
                 raise ZotunerError(f"{where}: field {field!r} must be a {kind.__name__}, got {row[field]!r}")
-        if "label" in self.fields and not 0 <= row["label"] < self.labels:
-            raise ZotunerError(f"{where}: field 'label' must be 0 to {self.labels - 1}, got {row['label']}")
+        field = self.label_field
+        if field in self.fields and self.labelled(row) and not 0 <= row[field] < self.labels:
+            raise ZotunerError(f"{where}: field {field!r} must be 0 to {self.labels - 1}, got {row[field]}")
 
     def splits(
         self,
@@ -210,6 +224,11 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator
 def digest(examples: Sequence[Example]) -> str:
     """What tells one batch from another: SHA-256 of its texts and labels, shortened."""
     return hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:16]
+
+
+def texts(value: object) -> bool:
+    """Whether a value is a list of texts."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _shuffled(rows: list[Row], random: np.random.Generator) -> list[Row]:
