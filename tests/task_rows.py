@@ -26,7 +26,8 @@ EFFECT = {
     "label": 1,
 }
 REVIEW = {"sentence": "hide new secretions from the parental units ", "label": 0, "idx": 0}
-# One of each. Those of multirc, record and metamathqa are invented, in the Hub's schema; the others are real.
+# One of each. Those of multirc, record and metamathqa are invented, in the Hub's schema; the others are real (the
+# passage of drop is cut).
 ROWS: dict[str, Row] = {
     "sst2": REVIEW,
     "rte": {

@@ -179,6 +179,12 @@ def test_every_task_has_a_golden_prompt_for_each_kind_of_model() -> None:
     assert {name for name, task in TASKS.items() if "masked" in task.kinds()} - embedded == set(MASKED)
 
 
+def test_every_task_is_documented_with_its_place_on_the_hub() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
+    assert [name for name in TASKS if f"| {name} |" not in text and f"`{name}`" not in text] == []
+    assert [name for name, task in TASKS.items() if task.hub and task.hub[0] not in text] == []
+
+
 @pytest.mark.parametrize("name", sorted(set(ROWS) - set(MASKED)))
 def test_a_task_without_a_masked_prompt_says_so(name: str) -> None:
     with pytest.raises(ZotunerError, match=f"^task {name} has a prompt for causal models alone$"):
