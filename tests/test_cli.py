@@ -608,12 +608,13 @@ def test_a_log_shows_what_real_runs_wrote(
 
 
 def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "120")
     assert call("tasks") == 0
     text = capsys.readouterr().out
     for name, task in TASKS.items():
         (row,) = [line for line in text.splitlines() if line.split()[1:2] == [name]]
-        assert task.loss in row
+        cells = [cell.strip() for cell in row.split("│")[1:-1]]
+        assert cells[:4] == [name, " ".join(task.kinds()), task.loss, " ".join(task.metrics)]
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
