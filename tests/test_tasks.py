@@ -36,7 +36,7 @@ class Missing(Copa):
     hub = ("acme/none", "copa")
 
 sizes = dict(train_size=3, dev_size=1, eval_size=2, seed=5)
-found = {name: asdict(get_task(name).splits(**sizes)) for name in ("copa", "sst2")}
+found = {name: asdict(get_task(name).splits(**sizes)) for name in ("copa", "sst2", "squad")}
 try:
     Missing().rows("train")
 except ZotunerError as error:
@@ -243,21 +243,34 @@ def test_a_task_without_embedded_data_names_the_split_that_is_missing() -> None:
         Nothing().rows("train")
 
 
+def place(root: Path, task: str, ending: str, splits: dict[str, list[Row]], features: list[Row] | None = None) -> None:
+    """Puts a data set on a Hub, under its task's name there, with the card that says where each split is."""
+    repository, config = TASKS[task].hub or ("", "")
+    folder = root / "datasets" / repository
+    (folder / config).mkdir(parents=True)
+    files = [{"split": split, "path": f"{config}/{split}.{ending}"} for split in splits]
+    card: Row = {"configs": [{"config_name": config, "data_files": files}]}
+    if features is not None:
+        card["dataset_info"] = [{"config_name": config, "features": features}]
+    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    for split, rows in splits.items():
+        file = folder / config / f"{split}.{ending}"
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_the_hub_gives_what_a_data_directory_gives(tmp_path: Path) -> None:
     data = {"copa": {"train": stories(8), "validation": stories(4, "other")}}
     data["sst2"] = {"train": reviews(8), "validation": reviews(4, "other")}
+    data["squad"] = {"train": [SQUAD | {"id": str(i), "title": f"No {i}"} for i in range(8)], "validation": [SQUAD] * 4}
+    texts = [{"name": name, "dtype": "string"} for name in ("id", "title", "context", "question")]
+    spans = [{"name": "text", "dtype": "string"}, {"name": "answer_start", "dtype": "int64"}]
     with HubServer(tmp_path / "hub") as server:
-        glue = server.root / "datasets/nyu-mll/glue"
-        copa = server.root / "datasets/aps/super_glue"
-        for folder, config, ending in ((glue, "sst2", "jsonl"), (copa, "copa", "parquet")):
-            (folder / config).mkdir(parents=True)
-            files = [{"split": split, "path": f"{config}/{split}.{ending}"} for split in ("train", "validation")]
-            front = json.dumps({"configs": [{"config_name": config, "data_files": files}]})
-            (folder / "README.md").write_text(f"---\n{front}\n---\n")
-        for split in ("train", "validation"):
-            text = "".join(json.dumps(row) + "\n" for row in data["sst2"][split])
-            (glue / "sst2" / f"{split}.jsonl").write_text(text)
-            pq.write_table(pa.Table.from_pylist(data["copa"][split]), copa / "copa" / f"{split}.parquet")
+        place(server.root, "copa", "parquet", data["copa"])
+        place(server.root, "sst2", "jsonl", data["sst2"])
+        place(server.root, "squad", "parquet", data["squad"], [*texts, {"name": "answers", "sequence": spans}])
         found = run_script(FROM_HUB, hub_env(server, tmp_path / "home"))
     for name, splits in data.items():
         task = get_task(name, write_rows(tmp_path / "data", name, **splits))
