@@ -107,3 +107,20 @@ def tiny_mamba(seed: int = 0, **overrides: Any) -> nn.Module:
     sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 64, "time_step_rank": 4}
     config = MambaConfig(**{**sizes, **overrides})
     return seeded(lambda: MambaForCausalLM(config).eval(), seed)
+
+
+def tiny_qwen3(seed: int = 0, **overrides: Any) -> nn.Module:
+    """A Qwen3 of 2 layers, 4 heads over 2 key-value heads, hidden size 16: queries and keys are normalised."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 128}
+    config = Qwen3Config(**{**SIZES, **heads, **overrides})
+    return seeded(lambda: Qwen3ForCausalLM(config).eval(), seed)
+
+
+def tiny_bert(seed: int = 0, **overrides: Any) -> nn.Module:
+    """A masked BERT of 2 layers, 4 heads, hidden size 16."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(**{**SIZES, "num_attention_heads": 4, "max_position_embeddings": 128, **overrides})
+    return seeded(lambda: BertForMaskedLM(config).eval(), seed)
