@@ -16,7 +16,7 @@ LAYERS = [
     ["tuner", "optim", "tasks", "models", "snapshot", "ledger", "published"],
     ["batch", "scoring", "objective", "evaluate", "progress"],
     ["trajectory", "steppers", "training", "finetune", "replay", "meta", "meta_train"],
-    ["report", "log", "bench", "demo", "cli", "__main__"],
+    ["report", "log", "bench", "demo", "preview", "cli", "__main__"],
 ]
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 EVERYWHERE = {"__init__"}  # asked for the version alone

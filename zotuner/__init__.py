@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from zotuner.errors import ZotunerError
     from zotuner.models import load_model
     from zotuner.optim import FZOO, MeZO, OneSided, StepInfo, TwoPoint, ZOFineTuner
-    from zotuner.tasks import get_task
+    from zotuner.tasks import Example, Task, get_task
     from zotuner.tuner import Tuner
 
 try:
@@ -21,9 +21,11 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 __all__ = [
     "FZOO",
+    "Example",
     "MeZO",
     "OneSided",
     "StepInfo",
+    "Task",
     "Tuner",
     "TwoPoint",
     "ZOFineTuner",
@@ -35,7 +37,7 @@ __all__ = [
 _HOMES = {
     "ZotunerError": "errors",
     "load_model": "models",
-    "get_task": "tasks",
+    **dict.fromkeys(["Example", "Task", "get_task"], "tasks"),
     "Tuner": "tuner",
     **dict.fromkeys(["FZOO", "MeZO", "OneSided", "StepInfo", "TwoPoint", "ZOFineTuner"], "optim"),
 }

@@ -79,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--tuner", type=Path, default=Path("tuners/smollm2-135m-instruct"), help="(%(default)s)")
     demo.add_argument("--forwards", type=_count, default=54, help="forward passes a method (%(default)s)")
     _add_bench_options(add("bench", _bench, "measure what a step of each method costs"))
-    add("tasks", _tasks, "list the tasks")
+    tasks = add("tasks", _tasks, "list the tasks, or show one")
+    tasks.add_argument("task", nargs="?", metavar="TASK", help="name, or file of a task of your own")
+    tasks.add_argument("--show", type=_count, default=3, metavar="N", help="examples of it to show (%(default)s)")
+    tasks.add_argument("--data-dir", type=Path, metavar="D", help="read D/<task>/{train,validation,test}.jsonl")
+    tasks.add_argument("--model", metavar="MODEL", help="count the tokens of the examples as this model reads them")
     return parser
 
 
@@ -278,6 +282,8 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _tasks(arguments: argparse.Namespace) -> None:
+    if arguments.task is not None:
+        return _preview(arguments)
     from rich.table import Table
 
     from zotuner.progress import stdout
@@ -289,3 +295,11 @@ def _tasks(arguments: argparse.Namespace) -> None:
         where = " ".join(task.hub) if task.hub else "the package"
         table.add_row(name, " ".join(task.kinds()), task.loss, " ".join(task.metrics), where, what)
     stdout().print(table)
+
+
+def _preview(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.preview import preview
+
+    for line in preview(arguments.task, arguments.show, data_dir=arguments.data_dir, model=arguments.model):
+        print(line)

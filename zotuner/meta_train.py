@@ -53,10 +53,16 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
             drop_all(config.out)
         return Tuner.from_pretrained(config.out)
     if not resume:
-        check_out(config.out, config.overwrite, [Path(config.model), config.data_dir, config.trajectory])
+        check_out(
+            config.out,
+            config.overwrite,
+            [Path(config.model), config.data_dir, config.trajectory, *map(Path, config.tasks)],
+        )
     with display, Requests() as requests, locked(config.out):
         display.say(f"loading {config.model} and {', '.join(config.tasks)}")
-        tasks = {name: get_task(name, config.data_dir) for name in config.tasks}
+        tasks = {task.name: task for task in (get_task(name, config.data_dir) for name in config.tasks)}
+        if len(tasks) < len(set(config.tasks)):
+            raise ZotunerError(f"--tasks: expected tasks of different names, got {', '.join(tasks)} more than once")
         splits = {name: task.splits(train_size=config.train_size, seed=config.seed) for name, task in tasks.items()}
         model, tokenizer = load_model(config.model, dtype=config.dtype)
         objectives = {name: Objective(task, tokenizer, config.max_length) for name, task in tasks.items()}
@@ -68,9 +74,9 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
             normalized=config.normalized,
             base_model=known_as(config.model),
             base_weights_sha256=weights_sha256(model),
-            tasks=config.tasks,
+            tasks=tuple(tasks),
             config=config.model_dump(mode="json", exclude=NOT_OF_THE_TUNER, exclude_none=True)
-            | {"examples": {name: len(split.train) for name, split in splits.items()}},
+            | {"tasks": [*tasks], "examples": {name: len(split.train) for name, split in splits.items()}},
         )
 
         def loss(task: str, examples: Any) -> Tensor:
@@ -85,7 +91,7 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         tuner.save_pretrained(config.out)
         summary = {
             "model": config.model,
-            "tasks": config.tasks,
+            "tasks": [*tasks],
             "steps": config.steps,
             "seconds": round(seconds, 3),
             "peak_rss_bytes": peak_rss_bytes(),

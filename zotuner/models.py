@@ -65,6 +65,21 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model, named as for `load_model`.
+
+    Raises:
+        ZotunerError: There is no such model, or its tokenizer cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    source = _source(str(name))
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ZotunerError(f"{name}: has no tokenizer that can be loaded: {_line(error)}") from None
+
+
 def kind_of(model: Any) -> Literal["causal", "masked"]:
     """Which words a model predicts: the next one, or masked ones."""
     base = _unwrapped(model)

@@ -177,7 +177,7 @@ def export(recorded: Recorded, out: Path) -> str:
     header = {
         **recorded.raw,
         **named,
-        "config": {**recorded.raw["config"], **named},
+        "config": {**recorded.raw["config"], **named, "task": Path(recorded.raw["config"]["task"]).name},
         "final": recorded.final.model_dump(),
     }
     records = recorded.records[: recorded.final.step]

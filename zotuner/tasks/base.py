@@ -11,10 +11,12 @@ import numpy as np
 
 from zotuner.errors import ZotunerError
 from zotuner.metrics import read_rows
-from zotuner.tasks.scores import Example, Mean, Metric, right
+from zotuner.tasks.scores import METRICS, Example, Metric
+from zotuner.tasks.tables import read_table
 
 Row = dict[str, Any]
 Kind = Literal["causal", "masked"]  # of models
+Loss = Literal["classification", "language-modelling"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,10 @@ class Task(ABC):
     Class attributes:
         name: As on the command line and in `--data-dir`.
         prompt_version: Raised whenever a prompt changes.
-        hub: (repository, configuration) on the Hub; None for a task that is embedded.
+        hub: (repository, configuration) on the Hub, the latter "" where it has one alone; None for a task that is
+            elsewhere.
+        files: Or split to the table that holds it, a path from `folder` (.csv, .tsv, .jsonl, .json or .parquet).
+        folder: Of a task in a file of its own: where that file is.
         fields: Of a row: name to type.
         label_field: The field that holds a row's class, if `fields` has it.
         labels: Number of classes.
@@ -44,7 +49,7 @@ class Task(ABC):
         stop: Text at which a generated answer ends.
         dev_size: Development examples by default (as published).
         dev_split, test_split: Where those examples come from; the official test sets have no labels. Where dev is
-            drawn from "train", it is disjoint from the training examples.
+            drawn from "train", it is disjoint from the training examples; so is test, which may be as well.
 
     Args:
         data_dir: Reads `data_dir/<name>/<split>.jsonl` in place of the Hub.
@@ -52,12 +57,14 @@ class Task(ABC):
 
     name: ClassVar[str]
     prompt_version: ClassVar[int] = 1
-    hub: ClassVar[tuple[str, str] | None]
+    hub: ClassVar[tuple[str, str] | None] = None
+    files: ClassVar[dict[str, str]] = {}
+    folder: ClassVar[Path] = Path()
     fields: ClassVar[dict[str, type]]
     label_field: ClassVar[str] = "label"
     labels: ClassVar[int] = 2
-    loss: ClassVar[Literal["classification", "language-modelling"]]
-    metrics: ClassVar[dict[str, Metric]] = {"accuracy": Mean(right)}
+    loss: ClassVar[Loss]
+    metrics: ClassVar[dict[str, Metric]] = {"accuracy": METRICS["accuracy"]}
     generates: ClassVar[bool] = False
     max_new_tokens: ClassVar[int] = 50
     stop: ClassVar[str] = "\n"
@@ -118,14 +125,26 @@ class Task(ABC):
         if self.data_dir is not None:
             path = self.data_dir / self.name / f"{split}.jsonl"
             return str(path), read_rows(path)
-        assert self.hub is not None
-        return f"{self.hub[0]} ({self.hub[1]}, {split})", self._download(*self.hub, split)
+        if self.hub is not None:
+            return f"{self.hub[0]} ({self.hub[1]}, {split})", self._download(*self.hub, split)
+        if split not in self.files:
+            raise ZotunerError(
+                f"task {self.name} has no {split!r} rows: name their table in files, or another split in dev_split "
+                f"and test_split, or pass --data-dir D with D/{self.name}/{split}.jsonl"
+            )
+        path = self.folder / self.files[split]
+        return str(path), [self._typed(row) for row in read_table(path)]
+
+    def _typed(self, row: Row) -> Row:
+        """A row of a table that may know text alone: digits become the int of a field that is one."""
+        ints = (name for name, kind in self.fields.items() if kind is int and str(row.get(name)).isdecimal())
+        return row | {name: int(row[name]) for name in ints}
 
     def _download(self, repository: str, configuration: str, split: str) -> list[Row]:
         from datasets import load_dataset
 
         try:
-            return [dict(row) for row in load_dataset(repository, configuration, split=split)]
+            return [dict(row) for row in load_dataset(repository, configuration or None, split=split)]
         except Exception as error:  # datasets, huggingface_hub and their HTTP client raise dozens of kinds
             reason = str(error).strip().split("\n")[0]
             raise ZotunerError(
@@ -155,7 +174,8 @@ class Task(ABC):
     ) -> Splits:
         """Draws a run's examples by the seed, without replacement.
 
-        Where a split is too small, dev takes at most a quarter of the training rows, and the rest take what there is.
+        Where a split is too small, what is held back from the training rows is at most a quarter of them each for test
+        and dev, and the rest take what there is.
 
         Args:
             train_size: Training examples.
@@ -168,19 +188,30 @@ class Task(ABC):
         """
         random = np.random.default_rng(seed)
         train = _shuffled(self.rows("train"), random)
+        quarter = max(1, len(train) // 4)
+        if self.test_split == "train":
+            train, test = self._hold_back(train, min(eval_size, quarter))
         if k_shot is not None:
             train, dev = self._of_each_class(train, k_shot)
         elif self.dev_split == "train":
-            count = min(dev_size or self.dev_size, max(1, len(train) // 4))
-            if len(train) < 2:
-                raise ZotunerError(f"task {self.name}: needs at least 2 training rows, one of them for dev")
-            dev, train = train[-count:], train[:-count][:train_size]
+            train, dev = self._hold_back(train, min(dev_size or self.dev_size, quarter))
         else:
             dev = _shuffled(self.rows(self.dev_split), random)[: dev_size or self.dev_size]
+        if k_shot is None:
             train = train[:train_size]
-        test = _shuffled(self.rows(self.test_split), random)[:eval_size]
+        if self.test_split != "train":
+            test = _shuffled(self.rows(self.test_split), random)[:eval_size]
         written = self.example if kind == "causal" else self.masked
         return Splits(*(tuple(written(row) for row in rows) for rows in (train, dev, test)))
+
+    def _hold_back(self, rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
+        """The rows without the last so many, and those."""
+        if len(rows) < 2:
+            least = 1 + [self.dev_split, self.test_split].count("train")
+            raise ZotunerError(
+                f"task {self.name}: needs at least {least} training rows, one each for dev and test drawn from them"
+            )
+        return rows[:-count], rows[-count:]
 
     def _of_each_class(self, rows: list[Row], k: int) -> tuple[list[Row], list[Row]]:
         """The first k rows of each class, and the next k."""

@@ -1,0 +1,111 @@
+"""A task, or a score, of a Python file that is not part of the package."""
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import isclass
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+from zotuner.errors import ZotunerError, unknown
+from zotuner.tasks.base import Loss, Row, Task
+from zotuner.tasks.scores import Example, Score
+
+REQUIRED = ("name", "fields", "loss")  # of a class; and `example` or `masked`
+METHODS = ("example", "masked", "label", "rows")
+
+
+def class_of(file: Path) -> type[Task]:
+    """The one subclass of `Task` that a Python file defines.
+
+    What its methods raise is then one line as well, with the place in the file.
+
+    Raises:
+        ZotunerError: A file that cannot be run, no such class or several, or one that lacks something.
+    """
+    module = _run(file)
+    classes = [kind for kind in dict.fromkeys(filter(isclass, vars(module).values())) if issubclass(kind, Task)]
+    found = [kind for kind in classes if kind.__module__ == module.__name__]  # others are imported
+    if len(found) != 1:
+        names = ", ".join(kind.__name__ for kind in found) or "none"
+        raise ZotunerError(f"{file}: expected one class that inherits from zotuner.Task, found {names}")
+    task = found[0]
+    missing = [name for name in REQUIRED if not hasattr(task, name)]
+    if missing:
+        raise ZotunerError(f"{file}: class {task.__name__} lacks {missing[0]!r}; a task needs {', '.join(REQUIRED)}")
+    if task.example is Task.example and task.masked is Task.masked:
+        raise ZotunerError(f"{file}: class {task.__name__} has no method example(row) that returns a zotuner.Example")
+    if task.loss not in get_args(Loss):
+        raise ZotunerError(f"{file}: class {task.__name__}: {unknown('loss', str(task.loss), get_args(Loss))}")
+    for name in METHODS:
+        if name in vars(task):
+            setattr(task, name, _blaming(file)(vars(task)[name]))
+    for name in ("example", "masked"):
+        setattr(task, name, _checked(file, getattr(task, name)))
+    task.folder = file.parent
+    return task
+
+
+def load_score(file: Path, name: str) -> Score:
+    """A function (answer, example) -> float of a Python file; what it raises is one line, with the place in the file.
+
+    Raises:
+        ZotunerError: A file that cannot be run, or has no such function.
+    """
+    function = getattr(_run(file), name, None)
+    if not callable(function):
+        raise ZotunerError(f"{file}: expected a function {name!r}, found none")
+
+    @_blaming(file)
+    def score(answer: str, example: Example) -> float:
+        return float(function(answer, example))
+
+    return score
+
+
+def _checked(file: Path, method: Callable[[Task, Row], Example]) -> Callable[[Task, Row], Example]:
+    """The same method, which says so if it returns something else than an example."""
+
+    def written(task: Task, row: Row) -> Example:
+        made = method(task, row)
+        good = isinstance(made, Example) and isinstance(made.candidates, tuple) and made.candidates
+        if not good or made.label not in range(len(made.candidates)):
+            raise ZotunerError(
+                f"{file}: expected {method.__name__} to return a zotuner.Example with a tuple of candidates and the "
+                f"number of the right one, got {made!r}"
+            )
+        return made
+
+    return written
+
+
+def _run(file: Path) -> ModuleType:
+    """Runs a file as a module of a private name."""
+    if not file.is_file():
+        raise ZotunerError(f"{file}: no such file")
+    name = f"_zotuner_{file.stem}_{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ZotunerError(f"{file}: expected a Python file that ends in .py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
+    with _blaming(file):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _blaming(file: Path) -> Iterator[None]:
+    """Turns what goes wrong in a user's file into one line that names the place in it."""
+    try:
+        yield
+    except ZotunerError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
+        reason = " ".join(str(error).split())
+        raise ZotunerError(f"{file}, line {line}: {type(error).__name__}: {reason}") from error
