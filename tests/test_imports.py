@@ -14,7 +14,7 @@ LAYERS = [
     ["errors", "signals", "files", "noise", "blocks", "config", "metrics", "pickled"],
     ["quantized", "pertnn", "perturb", "card", "pth"],
     ["tuner", "optim", "tasks", "models", "snapshot", "ledger", "published"],
-    ["batch", "scoring", "objective", "evaluate", "progress"],
+    ["prompting", "batch", "scoring", "objective", "evaluate", "progress"],
     ["trajectory", "steppers", "training", "finetune", "replay", "meta", "meta_train"],
     ["report", "log", "bench", "demo", "preview", "cli", "__main__"],
 ]
