@@ -71,6 +71,9 @@ class Description(BaseModel):
     def _together(self) -> Self:
         if (self.answer is None) == (self.candidates is None):
             raise ValueError("expected either candidates and label, or answer")
+        tables = [name for name in (self.train, self.validation, self.test) if name is not None]
+        if len(set(tables)) < len(tables):
+            raise ValueError(f"train, validation and test: expected different ones, got {', '.join(tables)}")
         if self.config and not self.hub:
             raise ValueError("config goes with hub: it names the repository's configuration")
         if self.candidates is not None and self.label is None:
