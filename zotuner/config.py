@@ -79,7 +79,9 @@ class Config(BaseModel):
 class FinetuneConfig(Config):
     """Fine-tune one model on one task by one method."""
 
-    task: str = Field(description="the task to tune on; `zotuner tasks` lists them")
+    task: str = Field(
+        description="the task to tune on: a name (`zotuner tasks` lists them), or a file, TASK.yaml or TASK.py"
+    )
     method: str = Field(description=" | ".join(METHODS) + " (evaluate only)")
     objective: str | None = Field(
         None,
@@ -185,7 +187,7 @@ class FinetuneConfig(Config):
 class MetaTrainConfig(Config):
     """Meta-train a tuner for one base model along first-order trajectories."""
 
-    tasks: tuple[str, ...] = Field(("copa",), min_length=1, description="tasks to walk, shuffled")
+    tasks: tuple[str, ...] = Field(("copa",), min_length=1, description="tasks to walk, shuffled: names or files")
     noise: KIND = Field("rademacher", description="of the virtual step")
     architecture: Literal["abs", "exp"] = Field("exp", description="abs: the paper's; exp: starts at sigma = 1")
     granularity: Literal["block", "layer"] = Field("block", description="what shares a PertNN")

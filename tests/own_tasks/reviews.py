@@ -7,7 +7,7 @@ class Reviews(zotuner.Task):
     """Was the food good?"""
 
     name = "reviews-in-python"
-    files = {"train": "reviews.csv"}
+    sources = {"train": "reviews.csv"}
     test_split = "train"
     fields = {"text": str, "verdict": str}
     loss = "classification"

@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -36,7 +37,8 @@ class Task(ABC):
         prompt_version: Raised whenever a prompt changes.
         hub: (repository, configuration) on the Hub, the latter "" where it has one alone; None for a task that is
             elsewhere.
-        files: Or split to the table that holds it, a path from `folder` (.csv, .tsv, .jsonl, .json or .parquet).
+        sources: Split to the table that holds it, a path from `folder` (.csv, .tsv, .jsonl, .json or .parquet); with
+            `hub`, to the name that the split has there, if it is another.
         folder: Of a task in a file of its own: where that file is.
         fields: Of a row: name to type.
         label_field: The field that holds a row's class, if `fields` has it.
@@ -58,7 +60,7 @@ class Task(ABC):
     name: ClassVar[str]
     prompt_version: ClassVar[int] = 1
     hub: ClassVar[tuple[str, str] | None] = None
-    files: ClassVar[dict[str, str]] = {}
+    sources: ClassVar[dict[str, str]] = {}
     folder: ClassVar[Path] = Path()
     fields: ClassVar[dict[str, type]]
     label_field: ClassVar[str] = "label"
@@ -126,25 +128,30 @@ class Task(ABC):
             path = self.data_dir / self.name / f"{split}.jsonl"
             return str(path), read_rows(path)
         if self.hub is not None:
-            return f"{self.hub[0]} ({self.hub[1]}, {split})", self._download(*self.hub, split)
-        if split not in self.files:
+            part = ", ".join(filter(None, (self.hub[1], split)))
+            return f"{self.hub[0]} ({part})", self._download(*self.hub, split)
+        if split not in self.sources:
             raise ZotunerError(
-                f"task {self.name} has no {split!r} rows: name their table in files, or another split in dev_split "
+                f"task {self.name} has no {split!r} rows: name their table in sources, or another split in dev_split "
                 f"and test_split, or pass --data-dir D with D/{self.name}/{split}.jsonl"
             )
-        path = self.folder / self.files[split]
+        path = self.folder / self.sources[split]
         return str(path), [self._typed(row) for row in read_table(path)]
 
     def _typed(self, row: Row) -> Row:
-        """A row of a table that may know text alone: digits become the int of a field that is one."""
-        ints = (name for name, kind in self.fields.items() if kind is int and str(row.get(name)).isdecimal())
-        return row | {name: int(row[name]) for name in ints}
+        """A row of a table that may know text alone: text becomes the number that a field is to be, if it is one."""
+        for name, kind in self.fields.items():
+            if kind in (int, float) and isinstance(row.get(name), str):
+                with suppress(ValueError):  # `_check` says what is wrong
+                    row = row | {name: kind(row[name])}
+        return row
 
     def _download(self, repository: str, configuration: str, split: str) -> list[Row]:
         from datasets import load_dataset
 
         try:
-            return [dict(row) for row in load_dataset(repository, configuration or None, split=split)]
+            found = load_dataset(repository, configuration or None, split=self.sources.get(split, split))
+            return [dict(row) for row in found]
         except Exception as error:  # datasets, huggingface_hub and their HTTP client raise dozens of kinds
             reason = str(error).strip().split("\n")[0]
             raise ZotunerError(

@@ -88,7 +88,7 @@ def _run(file: Path) -> ModuleType:
     if not file.is_file():
         raise ZotunerError(f"{file}: no such file")
     name = f"_zotuner_{file.stem}_{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(name, file.absolute())
     if spec is None or spec.loader is None:
         raise ZotunerError(f"{file}: expected a Python file that ends in .py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
@@ -105,7 +105,8 @@ def _blaming(file: Path) -> Iterator[None]:
     except ZotunerError:
         raise
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
         reason = " ".join(str(error).split())
         raise ZotunerError(f"{file}, line {line}: {type(error).__name__}: {reason}") from error

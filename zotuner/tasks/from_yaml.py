@@ -130,9 +130,6 @@ class DescribedTask(Task):
         lists = [name for name in _fields(str(self.described.answer)) if isinstance(row[name], list)]
         return [row | {lists[0]: item} for item in row[lists[0]]] if lists else [row]
 
-    def _download(self, repository: str, configuration: str, split: str) -> list[Row]:
-        return super()._download(repository, configuration, getattr(self.described, split))
-
     def _check(self, row: Row, where: str) -> None:
         for key, name in self.used:
             if name not in row:
@@ -189,7 +186,7 @@ def described_task(file: Path) -> type[Task]:
         "used": _used(described),
         "name": described.name,
         "hub": (described.hub, described.config) if described.hub else None,
-        "files": {} if described.hub else splits,
+        "sources": splits,
         "folder": file.parent,
         "fields": {},
         "loss": described.loss or ("language-modelling" if described.answer is not None else "classification"),
