@@ -237,7 +237,10 @@ def test_every_format_gives_the_same_examples(tmp_path: Path, ending: str) -> No
         ]
         (tmp_path / f"t.{ending}").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
     elif ending == "json":
-        (tmp_path / "t.json").write_text(json.dumps(rows, indent=1))
+        (tmp_path / "t.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
+    elif ending == "jsonl":
+        text = (tmp_path / "t.jsonl").read_text()
+        (tmp_path / "t.jsonl").write_text(text, encoding="utf-8-sig")
     elif ending == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     assert split(described(tmp_path, train=f"t.{ending}", **keys)) == expected
@@ -562,6 +565,17 @@ def test_a_task_of_the_package_is_shown_with_its_tokens(model_dir: Path, capsys:
     assert shown.startswith("task demo-sentiment: classification, metrics: accuracy\n")
     assert len(re.findall(r"^train \d, a row of \d+ tokens$", shown, re.M)) == 2
     assert len(re.findall(r"^  [*-] ' \w+'  \(\d tokens\)$", shown, re.M)) == 4
+
+
+def test_a_task_for_masked_models_alone_is_shown_as_they_read_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "x"}\n' * 4)
+    code = CLASS.replace("def example", "def masked").replace("0)", '0, suffix=": x")')
+    (tmp_path / "own.py").write_text(code)
+    assert call("tasks", tmp_path / "own.py", "--show", 1) == 0
+    assert capsys.readouterr().out.endswith("    'x'\n  * ' a'\n  - ' b'\n    ': x'\n")
+    assert complaint(tmp_path / "own.py") == "task own has a prompt for masked models alone (such as RoBERTa)"
 
 
 @pytest.mark.parametrize("words", [["cop"], ["copa", "--data-dir", "nowhere"], ["demo-copa", "--model", "nowhere"]])

@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
         ZotunerError: It cannot be read, or is none.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ZotunerError(f"{path}: expected JSON: {error}") from None
 
@@ -86,7 +86,7 @@ def read_rows(path: Path, *, torn_end: bool = False) -> list[dict[str, Any]]:
         ZotunerError: The file is missing or a line is no JSON object; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ZotunerError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -45,7 +45,8 @@ def class_of(file: Path) -> type[Task]:
         if name in vars(task):
             setattr(task, name, _blaming(file)(vars(task)[name]))
     for name in ("example", "masked"):
-        setattr(task, name, _checked(file, getattr(task, name)))
+        if getattr(task, name) is not getattr(Task, name):
+            setattr(task, name, _checked(file, getattr(task, name)))
     task.folder = file.parent
     return task
 
