@@ -73,7 +73,7 @@ def objective_of(
 @pytest.mark.parametrize(("template", "side"), [("$A", "right"), ("<s> $A", "left")], ids=["plain", "bos"])
 @torch.no_grad()
 def test_the_loss_of_a_batch_is_the_mean_of_its_examples_losses(
-    tokenizer: Any, name: str, template: str, side: Side
+    tokenizer: Any, name: str, template: str, side: Literal["left", "right"]
 ) -> None:
     model = ALL[name]()
     objective = objective_of(model, tokenizer, template, side)

@@ -23,7 +23,8 @@ from zotuner.cli import EXIT_SIGNAL
 from zotuner.errors import ZotunerError
 from zotuner.tasks import TASKS, Example, Task, get_task
 from zotuner.tasks.base import Splits
-from zotuner.tasks.scores import METRICS, macro_f1
+from zotuner.tasks.metrics import METRICS
+from zotuner.tasks.scores import macro_f1
 from zotuner.tasks.tables import read_table
 from zotuner.tuner import Tuner
 

@@ -177,7 +177,7 @@ def test_a_model_without_keys_and_values_computes_the_prefix_with_every_example(
 
 def test_a_reward_of_candidates_is_the_negative_share_of_right_ones(tokenizer: Any) -> None:
     model, examples = llama(), closed_examples()
-    objective = objective_for(Closed(), tokenizer, "accuracy")
+    objective = objective_for(Closed(), model, tokenizer, reward="accuracy")
     came = evaluate(model, Objective(Closed(), tokenizer), examples)
     with torch.no_grad():
         batches = objective.training_batches(examples, 2)
@@ -204,7 +204,8 @@ def test_a_reward_of_generated_text_sees_the_answer_and_the_example(tokenizer: A
 
 
 def test_steps_maximise_the_accuracy_itself(tokenizer: Any) -> None:
-    model, objective = llama(), objective_for(Closed(), tokenizer, "accuracy")
+    model = llama()
+    objective = objective_for(Closed(), model, tokenizer, reward="accuracy")
     texts = (*TEXTS * 2, "Fine", "The parade", "Snow")
     batch = objective.training_batch([Example(text, (" it rained.", " the", " and"), 2) for text in texts])
     opt = FZOO(model, lr=1e-2, eps=2e-2, num_perturbations=8, seed=1)
@@ -214,7 +215,7 @@ def test_steps_maximise_the_accuracy_itself(tokenizer: Any) -> None:
 
 def test_a_set_metric_is_no_reward(tokenizer: Any) -> None:
     with pytest.raises(ZotunerError, match="--objective f1: task closed has accuracy"):
-        objective_for(Closed(), tokenizer, "f1")
+        objective_for(Closed(), llama(), tokenizer, reward="f1")
 
 
 def test_generated_answers_can_be_left_out_of_an_evaluation(tokenizer: Any) -> None:
@@ -234,7 +235,8 @@ def test_an_unknown_objective_names_the_nearest() -> None:
 
 
 def test_two_point_rewards_are_stepped_like_losses(tokenizer: Any) -> None:
-    model, objective = llama(), objective_for(Closed(), tokenizer, "accuracy")
+    model = llama()
+    objective = objective_for(Closed(), model, tokenizer, reward="accuracy")
     batch = objective.training_batch(closed_examples(TEXTS * 3))
     opt = MeZO(model, lr=1e-3, eps=0.3)
     opt.step(lambda branches=1: objective.loss(model, batch, branches))

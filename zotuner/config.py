@@ -116,6 +116,8 @@ class FinetuneConfig(Config):
     sync_every: int = Field(1, ge=1, description="steps after which the ledger is synced to the disk")
     compile: bool = Field(False, description="run torch.compile's code for the layers, in a few static lengths")
     dev_size: int | None = Field(None, ge=1, description="development examples; the task's own number by default")
+    shots: int = Field(0, ge=0, description="solved training examples before each prompt, for method none")
+    chat: bool = Field(False, description="put prompts as a user's turns under the tokenizer's chat template")
     k_shot: int | None = Field(
         None,
         ge=1,
@@ -146,6 +148,8 @@ class FinetuneConfig(Config):
             raise ValueError("method zo-finetuner needs --tuner (a folder or a Hub id)")
         if self.method != "zo-finetuner" and self.tuner is not None:
             raise ValueError(f"--tuner is for method zo-finetuner, not for {self.method}")
+        if self.shots and self.method != "none":
+            raise ValueError(f"--shots is for method none, which learns from its prompt alone, not for {self.method}")
         if self.objective is not None:
             self._check_objective(self.objective)
         if self.quantize is not None:

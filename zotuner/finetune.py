@@ -21,18 +21,18 @@ from zotuner.models import (
     compile_layers,
     kind_of,
     load_model,
-    max_positions,
     restore_weights,
     save_model,
     weights_sha256,
 )
 from zotuner.objective import Objective, objective_for
 from zotuner.progress import Display, peak_rss_bytes
+from zotuner.prompting import with_shots
 from zotuner.quantized import quantize_
 from zotuner.signals import Requests
 from zotuner.snapshot import drop_all
 from zotuner.steppers import Stepper, stepper_for
-from zotuner.tasks import Example, Splits, get_task
+from zotuner.tasks import Example, Splits, Task, get_task
 from zotuner.training import BEST, Progressed, Training
 from zotuner.tuner import Tuner, versions
 
@@ -61,19 +61,29 @@ def prepare(config: FinetuneConfig) -> Setup:
     task = get_task(config.task, config.data_dir)
     tuner = Tuner.from_pretrained(config.tuner) if config.tuner is not None else None
     model, tokenizer = load_model(config.model, dtype=config.dtype)
-    kind = kind_of(model)
-    if kind == "masked" and not {"k_shot", "train_size"} & config.model_fields_set:
+    if kind_of(model) == "masked" and not {"k_shot", "train_size"} & config.model_fields_set:
         config = config.model_copy(update={"k_shot": MASKED_K})
-    sizes = {name: getattr(config, name) for name in ("train_size", "dev_size", "eval_size", "k_shot", "seed")}
-    splits = task.splits(**sizes, kind=kind)
+    splits = _splits(config, task, model, tokenizer)
     if config.quantize is not None:
         quantize_(model, config.quantize)
     if config.compile:
         compile_layers(model)
-    limit = max_positions(model, tokenizer) or config.max_length
-    options = {"max_length": min(config.max_length, limit), "static": config.compile, "kind": kind}
-    objective = objective_for(task, tokenizer, config.objective, **options)
+    options: dict[str, Any] = {"reward": config.objective, "static": config.compile, "special_tokens": not config.chat}
+    objective = objective_for(task, model, tokenizer, max_length=config.max_length, **options)
     return Setup(config, model, tokenizer, objective, splits, tuner)
+
+
+def _splits(config: FinetuneConfig, task: Task, model: Any, tokenizer: Any) -> Splits:
+    """The run's examples, with demonstrations and under a chat template as it is told."""
+    sizes = {name: getattr(config, name) for name in ("train_size", "dev_size", "eval_size", "k_shot", "seed")}
+    splits = task.splits(**sizes, kind=kind_of(model))
+    if not config.shots and not config.chat:
+        return splits
+    if config.shots > len(splits.train):
+        raise ZotunerError(f"--shots: expected at most the {len(splits.train)} training examples, got {config.shots}")
+    speaks, shots = tokenizer if config.chat else None, splits.train[: config.shots]
+    train, dev, test = (with_shots(part, shots, speaks)[1] for part in (splits.train, splits.dev, splits.test))
+    return Splits(tuple(train), tuple(dev), tuple(test))
 
 
 def finetune(config: FinetuneConfig, display: Display, *, resume: bool = False) -> dict[str, Any]:
@@ -97,7 +107,8 @@ def finetune(config: FinetuneConfig, display: Display, *, resume: bool = False) 
             _tidy(config.out)
         return dict(read_json(config.out / SUMMARY))
     if not resume:
-        check_out(config.out, config.overwrite, [Path(n) for n in (config.model, config.tuner, config.data_dir) if n])
+        inputs = (config.model, config.task, config.tuner, config.data_dir)
+        check_out(config.out, config.overwrite, [Path(name) for name in inputs if name])
     with display, Requests() as requests, locked(config.out):
         display.say(f"loading {config.model} and task {config.task}")
         setup = prepare(config)
@@ -141,7 +152,7 @@ def _run(
         save_model(setup.model, setup.tokenizer, config.out / "model")
     return {
         "model": config.model,
-        "task": config.task,
+        "task": setup.objective.task.name,
         "method": config.method,
         "objective": config.objective,
         "steps": totals.steps,

@@ -16,8 +16,8 @@ from zotuner.errors import ZotunerError
 from zotuner.files import check_out, claim_out, locked
 from zotuner.meta import MetaTrainer, under
 from zotuner.metrics import MetricsLog, keep_rows, write_json
-from zotuner.models import known_as, load_model, weights_sha256
-from zotuner.objective import Objective
+from zotuner.models import kind_of, known_as, load_model, weights_sha256
+from zotuner.objective import objective_for
 from zotuner.progress import Display, peak_rss_bytes
 from zotuner.signals import Requests
 from zotuner.snapshot import drop_all, drop_unfinished, latest, take
@@ -63,9 +63,12 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         tasks = {task.name: task for task in (get_task(name, config.data_dir) for name in config.tasks)}
         if len(tasks) < len(set(config.tasks)):
             raise ZotunerError(f"--tasks: expected tasks of different names, got {', '.join(tasks)} more than once")
-        splits = {name: task.splits(train_size=config.train_size, seed=config.seed) for name, task in tasks.items()}
         model, tokenizer = load_model(config.model, dtype=config.dtype)
-        objectives = {name: Objective(task, tokenizer, config.max_length) for name, task in tasks.items()}
+        options: dict[str, Any] = {"train_size": config.train_size, "seed": config.seed, "kind": kind_of(model)}
+        splits = {name: task.splits(**options) for name, task in tasks.items()}
+        objectives = {
+            name: objective_for(task, model, tokenizer, max_length=config.max_length) for name, task in tasks.items()
+        }
         tuner = Tuner.for_model(
             model,
             config.architecture,

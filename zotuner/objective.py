@@ -6,6 +6,7 @@ examples  ->  answers: the best candidate, or generated text  ->  -reward, which
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from zotuner.config import OBJECTIVES
 from zotuner.errors import ZotunerError
+from zotuner.models import kind_of, max_positions
 from zotuner.scoring import CausalScorer, Generator, MaskedScorer, Prefix
 from zotuner.tasks import Example, Kind, Mean, Score, Task
+from zotuner.tasks.from_python import load_score
 
 
 class Sized(Protocol):
@@ -246,27 +249,39 @@ class Reward(Objective):
         return -torch.tensor([float(self._score(*pair)) for pair in zip(answers, examples, strict=True)])
 
 
-def objective_for(task: Task, tokenizer: Any, reward: str | Score | None, **options: Any) -> Objective:
-    """The task's own objective, or one that maximises a reward.
+def objective_for(
+    task: Task, model: Any, tokenizer: Any, *, reward: str | None = None, max_length: int = 1024, **options: Any
+) -> Objective:
+    """The task's own objective for a model, or one that maximises a reward.
 
     Args:
         task: Any.
-        tokenizer: As of `Objective`.
-        reward: None, one of `zotuner.config.OBJECTIVES`, or a score.
+        model: Says of which kind it is, and how many tokens it reads at most.
+        tokenizer: The model's.
+        reward: None, one of `zotuner.config.OBJECTIVES`, or FILE.py:FUNCTION.
+        max_length: Tokens of a row, if the model reads so many.
         **options: As of `Objective`.
 
     Raises:
-        ZotunerError: The task has no such metric, or it is none of single answers.
+        ZotunerError: The task has no such metric, or it is none of single answers; or there is no such function.
     """
+    options["kind"] = kind_of(model)
+    options["max_length"] = min(max_length, max_positions(model, tokenizer) or max_length)
     if reward is None:
         return Objective(task, tokenizer, **options)
-    if not isinstance(reward, str):
-        return Reward(task, tokenizer, reward, **options)
+    return Reward(task, tokenizer, _score(task, reward), **options)
+
+
+def _score(task: Task, reward: str) -> Score:
+    """What an answer is worth."""
+    if reward not in OBJECTIVES:
+        file, _, function = reward.rpartition(":")
+        return load_score(Path(file), function)
     metric = task.metrics.get(OBJECTIVES[reward])
     if not isinstance(metric, Mean):
         known = [name for name, key in OBJECTIVES.items() if isinstance(task.metrics.get(key), Mean)]
-        raise ZotunerError(f"--objective {reward}: task {task.name} has {', '.join(known) or 'none'}")
-    return Reward(task, tokenizer, metric.score, **options)
+        raise ZotunerError(f"--objective {reward}: task {task.name} has {', '.join(known) or 'none of them'}")
+    return metric.score
 
 
 def shares(batches: Sequence[Sized]) -> list[float]:

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zotuner.config import FinetuneConfig
-from zotuner.models import load_tokenizer
+from zotuner.models import kind_saved, load_tokenizer
 from zotuner.objective import Objective
-from zotuner.tasks import Example, Task, get_task
-from zotuner.tasks.base import Kind
+from zotuner.tasks import Example, Kind, get_task
 
 
 def preview(name: str, count: int, *, data_dir: Path | None = None, model: str | None = None) -> Iterator[str]:
@@ -23,8 +22,8 @@ def preview(name: str, count: int, *, data_dir: Path | None = None, model: str |
         ZotunerError: Whatever is wrong with the task, its data or the model.
     """
     task = get_task(name, data_dir)
-    objective = Objective(task, load_tokenizer(model)) if model is not None else None
-    kind: Kind = "masked" if type(task).example is Task.example else "causal"
+    kind: Kind = kind_saved(model) if model is not None else type(task).kinds()[0]
+    objective = Objective(task, load_tokenizer(model), kind=kind) if model is not None else None
     splits = task.splits(train_size=FinetuneConfig.model_fields["train_size"].default, kind=kind)
     what = "generated text" if task.generates else task.loss
     yield f"task {task.name}: {what}, metrics: {', '.join(task.metrics)}"
@@ -41,7 +40,7 @@ def _described(example: Example, objective: Objective | None) -> Iterator[str]:
     """The prompt, the candidates with a mark at the right one, the answers."""
     yield from (f"    {line!r}" for line in example.prompt.splitlines(keepends=True))
     counts = [""] * len(example.candidates)
-    if objective is not None:
+    if objective is not None and not example.suffix:
         counts = [f"  ({count} tokens)" for count in objective.batch([example]).counts.tolist()]
     for number, (text, tokens) in enumerate(zip(example.candidates, counts, strict=True)):
         yield f"  {'*' if number == example.label else '-'} {text!r}{tokens}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from zotuner.errors import ZotunerError
 from zotuner.metrics import read_rows
-from zotuner.tasks.scores import METRICS, Example, Metric
+from zotuner.tasks.scores import Example, Mean, Metric, right
 from zotuner.tasks.tables import read_table
 
 Row = dict[str, Any]
@@ -66,7 +66,7 @@ class Task(ABC):
     label_field: ClassVar[str] = "label"
     labels: ClassVar[int] = 2
     loss: ClassVar[Loss]
-    metrics: ClassVar[dict[str, Metric]] = {"accuracy": METRICS["accuracy"]}
+    metrics: ClassVar[dict[str, Metric]] = {"accuracy": Mean(right)}
     generates: ClassVar[bool] = False
     max_new_tokens: ClassVar[int] = 50
     stop: ClassVar[str] = "\n"

@@ -19,9 +19,12 @@ from zotuner.config import read_yaml
 from zotuner.errors import ZotunerError, unknown
 from zotuner.tasks.base import Row, Task
 from zotuner.tasks.from_python import load_score
-from zotuner.tasks.scores import METRICS, Example, Mean, Metric
+from zotuner.tasks.metrics import METRICS
+from zotuner.tasks.scores import Example, Mean, Metric
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Texts = Annotated[
+    tuple[str, ...], Field(min_length=1), BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 
 
 class Description(BaseModel):
@@ -45,7 +48,10 @@ class Description(BaseModel):
     )
     stop: str = Field("\n", min_length=1, description="text at which a generated answer ends")
     max_new_tokens: int = Field(50, ge=1, description="tokens to generate at most")
-    metric: Texts = Field(("accuracy",), min_length=1, description=f"of {', '.join(METRICS)}, or FILE.py:FUNCTION")
+    metric: Texts | None = Field(
+        None,
+        description=f"of {', '.join(METRICS)}, or FILE.py:FUNCTION; default: accuracy, of an answer f1 and em",
+    )
     loss: Literal["classification", "language-modelling"] | None = Field(
         None, description="default: classification over candidates; language-modelling of an answer"
     )
@@ -190,7 +196,7 @@ def described_task(file: Path) -> type[Task]:
         "folder": file.parent,
         "fields": {},
         "loss": described.loss or ("language-modelling" if described.answer is not None else "classification"),
-        "metrics": {name.rpartition(":")[2]: _metric(name, described, file) for name in described.metric},
+        "metrics": {name.rpartition(":")[2]: _metric(name, described, file) for name in _metrics(described)},
         "generates": described.answer is not None,
         "max_new_tokens": described.max_new_tokens,
         "stop": described.stop,
@@ -206,6 +212,11 @@ def _used(described: Description) -> tuple[tuple[str, str], ...]:
     texts["candidates"] = "".join(described.candidates or ())
     found = [(key, name) for key, text in texts.items() for name in _fields(text)]
     return (*found, *([("label", described.label)] if described.label is not None else []))
+
+
+def _metrics(described: Description) -> tuple[str, ...]:
+    """The metrics that are asked for, or are usual."""
+    return described.metric or (("accuracy",) if described.answer is None else ("f1", "em"))
 
 
 def _metric(name: str, described: Description, file: Path) -> Metric:
