@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zotuner.tasks import TASKS
+
 Row = dict[str, Any]
 Rows = list[Row]
 
@@ -141,6 +143,24 @@ def write_rows(data_dir: Path, task: str, **splits: Rows) -> Path:
     for split, rows in splits.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (data_dir / task / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return data_dir
+
+
+def labelled_rows(task: str, count: int) -> Rows:
+    """So many rows of a task: the one of `ROWS`, numbered, and with each label in turn if it has some."""
+    kind = TASKS[task]
+    rows = [ROWS[task] | {"idx": i} for i in range(count)]
+    if kind.label_field in kind.fields:
+        rows = [row | {kind.label_field: i % kind.labels} for i, row in enumerate(rows)]
+    return rows
+
+
+def write_every_task(data_dir: Path, train: int, test: int) -> Path:
+    """A data directory with rows of every task that has none in the package."""
+    for name in ROWS:
+        test_split = "test" if name == "metamathqa" else TASKS[name].test_split
+        splits = {"train": labelled_rows(name, train), test_split: labelled_rows(name, test)}
+        write_rows(data_dir, name, **splits)
     return data_dir
 
 

@@ -32,7 +32,7 @@ from zotuner.steppers import stepper_for
 from zotuner.tasks import Example, get_task
 from zotuner.tuner import Tuner
 
-VOCABULARY = 403  # that of the masking tokenizer
+VOCABULARY = 415  # that of the masking tokenizer
 SPREAD = 0.3  # standard deviation of the initial weights: losses must differ from example to example
 
 CAUSAL: dict[str, Callable[[], Any]] = {

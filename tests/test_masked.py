@@ -28,12 +28,18 @@ EXAMPLES = (
 )
 
 
+WORDS = [
+    *("terrible", "bad", "okay", "good", "great", "Yes", "Maybe", "No"),
+    *("Expression", "Entity", "Description", "Human", "Location", "Number"),
+]
+
+
 def with_mask(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer with <mask>, which takes the space before it, between <s> and <s>."""
+    """The same tokenizer with the tasks' words and <mask>, which takes the space before it, between <s> and <s>."""
     from tokenizers import AddedToken, Tokenizer, processors
 
     inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    inner.add_tokens([AddedToken(word, normalized=False) for word in (" terrible", " great")])
+    inner.add_tokens([AddedToken(f" {word}", normalized=False) for word in WORDS])
     inner.post_processor = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
