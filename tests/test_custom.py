@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from zotuner.tasks.scores import macro_f1
 from zotuner.tasks.tables import read_table
 from zotuner.tuner import Tuner
 
-OWN = Path(__file__).parent / "own_tasks"
+OWN = Path(__file__).parent / "own"
 ADDING = Path(__file__).parents[1] / "docs" / "adding.md"
 REVIEWS: dict[str, Any] = yaml.safe_load((OWN / "reviews.yaml").read_text())
 ROWS = [{"text": f"Dish {i}.", "verdict": ("bad", "good")[i % 2]} for i in range(12)]
@@ -585,14 +586,33 @@ def test_what_cannot_be_shown_is_one_line(words: list[str], capsys: pytest.Captu
     assert_one_error_line(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("file", ["reviews.yaml", "reviews.py"])
+@pytest.mark.parametrize("file", ["reviews.yaml", "reviews.py", "rewards.py", "gru.py"])
 def test_the_document_shows_the_very_files_that_are_tested(file: str) -> None:
-    language = {"yaml": "yaml", "py": "python"}[file.rpartition(".")[2]]
-    block = re.search(rf"```{language}\n(.*?)   ```", ADDING.read_text(), re.S)
-    assert block is not None
-    shown = re.sub(r"^   ", "", block[1], flags=re.M)
+    blocks = re.findall(r"```(?:yaml|python)\n(.*?)   ```", ADDING.read_text(), re.S)
+    shown = [re.sub(r"^   ", "", block, flags=re.M) for block in blocks]
     written = (OWN / file).read_text()
-    assert shown == written[written.index(shown[:10]) :]
+    assert any(written.endswith(block) for block in shown)
+
+
+def test_a_reward_of_ones_own_is_maximised(model_dir: Path, tmp_path: Path) -> None:
+    options = {"task": OWN / "reviews.yaml", "objective": f"{OWN}/rewards.py:brief", "method": "fzoo", "eps": 0.1}
+    assert call("finetune", *argv_of(quick(model_dir, tmp_path / "run", **options))) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert -1 <= summary["final"]["loss"] <= 0
+
+
+def test_an_architecture_of_ones_own_is_tuned(tokenizer: Any, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("own_gru", OWN / "gru.py")
+    assert spec is not None
+    assert spec.loader is not None
+    gru = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gru)
+    folder = tmp_path / "gru"
+    gru.GRUForCausalLM(gru.GRUConfig(vocab_size=len(tokenizer), initializer_range=0.3)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert call("finetune", *argv_of(quick(folder, tmp_path / "run", task=OWN / "reviews.yaml", lr=1e-2))) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["final"]["loss"] != summary["zero_shot"]["loss"]
 
 
 def test_the_document_names_every_key() -> None:
