@@ -443,5 +443,5 @@ def test_on_a_task_the_ways_to_one_step_see_the_same_losses(model_dir: Path, tmp
 
 
 def test_an_unknown_task_is_one_line(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--model", str(model_dir), "--task", "sst3"]) == 2
-    assert "unknown task 'sst3'; did you mean 'sst2'?" in capsys.readouterr().err
+    assert main(["bench", "--model", str(model_dir), "--task", "sst22"]) == 2
+    assert "unknown task 'sst22'; did you mean 'sst2'?" in capsys.readouterr().err
