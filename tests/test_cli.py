@@ -634,7 +634,7 @@ def help_of_options(command: str, capsys: pytest.CaptureFixture[str]) -> dict[st
     """From a flag to all that its help says, on one line."""
     assert call(command, "--help") == 0
     entries = re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]
-    return {re.findall(r"--[a-z-]+", entry)[0]: " ".join(entry.split()) for entry in entries}
+    return {re.findall(r"--[a-z0-9-]+", entry)[0]: " ".join(entry.split()) for entry in entries}
 
 
 CONFIG_OF = {"finetune": FinetuneConfig, "meta-train": MetaTrainConfig}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from zotuner.config import DEFAULT_LR, METHODS, Config, FinetuneConfig, MetaTrainConfig, read_yaml
+from zotuner.config import DEFAULT_LR, ELEMENTWISE, METHODS, Config, FinetuneConfig, MetaTrainConfig, read_yaml
 from zotuner.errors import ZotunerError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -203,10 +203,23 @@ def test_each_method_fills_in_its_own_defaults(method: str) -> None:
     tuner = {"tuner": "t"} if method == "zo-finetuner" else {}
     config = finetune(method=method, **tuner)
     assert config.lr == DEFAULT_LR.get(method)
-    assert config.noise == ("rademacher" if method == "fzoo" else "gaussian")
+    assert config.noise == {"fzoo": "rademacher", "lozo": "low-rank"}.get(method, "gaussian")
+    assert (config.rank, config.factors, config.resample_every) == (
+        (2, "gaussian", 50) if method == "lozo" else (1, "rademacher", 1)
+    )
     assert config.eval_every == 40
-    stated = finetune(method=method, lr=0.5, noise="gaussian", eval_every=7, **tuner)
-    assert (stated.lr, stated.noise, stated.eval_every) == (0.5, "gaussian", 7)
+    stated = finetune(method=method, lr=0.5, noise=config.noise, rank=3, eval_every=7, **tuner)
+    assert (stated.lr, stated.noise, stated.rank, stated.eval_every) == (0.5, config.noise, 3, 7)
+
+
+@pytest.mark.parametrize(("method", "noise"), [("hizoo", "rademacher"), ("zo-adamu", "low-rank"), ("lozo", "gaussian")])
+def test_a_method_whose_equations_stand_on_one_noise_refuses_others(method: str, noise: str) -> None:
+    assert f"--noise {noise} is not for method {method}" in complaint(FinetuneConfig, method=method, noise=noise)
+
+
+@pytest.mark.parametrize("method", ELEMENTWISE)
+def test_methods_that_keep_numbers_for_each_weight_refuse_integers(method: str) -> None:
+    assert f"--quantize is not for {method}" in complaint(FinetuneConfig, method=method, quantize=8)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(0, 1), (3, 1), (10, 2), (1004, 201)])

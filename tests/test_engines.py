@@ -25,7 +25,7 @@ from tiny import (
 from torch import Tensor, nn
 
 from zotuner.blocks import find_blocks
-from zotuner.optim import FZOO, MeZO, ZOFineTuner, ZOOptimizer
+from zotuner.optim import FZOO, LOZO, HiZOO, MeZO, ZOFineTuner, ZOOptimizer, ZOSGDMomentum
 from zotuner.perturb import ENGINES, Draw, Perturbation, Perturber, engine, slot
 from zotuner.tuner import Tuner
 
@@ -182,6 +182,9 @@ METHODS: dict[str, Callable[..., ZOOptimizer]] = {
     "mezo": lambda m, **how: MeZO(m, lr=1e-3, eps=1e-2, seed=5, **how),
     "fzoo": lambda m, **how: FZOO(m, lr=1e-3, eps=1e-2, num_perturbations=3, seed=5, **how),
     "zo-finetuner": lambda m, **how: ZOFineTuner(m, Tuner.for_model(m, "abs"), lr=1e-3, eps=1e-2, seed=5, **how),
+    "zo-sgd-momentum": lambda m, **how: ZOSGDMomentum(m, lr=1e-3, eps=1e-2, seed=5, **how),
+    "hizoo": lambda m, **how: HiZOO(m, lr=1e-3, eps=1e-2, seed=5, smooth=1e-3, **how),
+    "lozo": lambda m, **how: LOZO(m, lr=1e-3, eps=1e-2, seed=5, **how),
 }
 
 

@@ -17,7 +17,6 @@ import pytest
 import yaml
 
 from zotuner.cli import main
-from zotuner.config import METHODS as ALL_METHODS
 from zotuner.errors import ZotunerError
 from zotuner.files import OWNER, locked
 from zotuner.log.figure import draw, running_mean
@@ -26,8 +25,8 @@ from zotuner.log.scales import block_types
 from zotuner.log.tables import spans
 from zotuner.metrics import read_rows
 
-METHODS = tuple(method for method in ALL_METHODS if method != "none")
-COEFFICIENTS = {"mezo": 1, "zo-finetuner": 1, "fzoo": 8, "adam": 0}
+COEFFICIENTS = {"mezo": 1, "zo-finetuner": 1, "fzoo": 8, "adam": 0}  # of a step; all that a log tells methods by
+METHODS = tuple(COEFFICIENTS)
 PER_LAYER = (
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
     *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),

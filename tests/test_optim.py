@@ -13,8 +13,23 @@ from torch import Tensor, nn
 import zotuner
 from zotuner import noise
 from zotuner.blocks import find_blocks, moments
-from zotuner.optim import FZOO, MeZO, OneSided, ZOFineTuner, ZOOptimizer
+from zotuner.optim import (
+    FZOO,
+    LOZO,
+    MEAZO,
+    HiZOO,
+    MeZO,
+    MeZOAdam,
+    OneSided,
+    ZOAdaMU,
+    ZOFineTuner,
+    ZOOptimizer,
+    ZOSGDMomentum,
+    ZOSign,
+)
+from zotuner.optim.updates import Momentum
 from zotuner.pertnn import normalize
+from zotuner.perturb import ENGINES, Draw, Perturber
 from zotuner.tuner import Tuner
 
 IDS = torch.arange(24).view(2, 12) % 13
@@ -40,6 +55,22 @@ METHODS: dict[str, Make] = {
     "zo-finetuner layers": lambda m: ZOFineTuner(
         m, Tuner.for_model(m, "abs", granularity="layer"), lr=LR, eps=EPS, seed=SEED
     ),
+    "lozo": lambda m: LOZO(m, lr=LR, eps=EPS, seed=SEED, resample_every=2),
+}
+PLAIN = tuple(METHODS)  # theta moves by -lr sum_k c_k u_k; tests/test_baselines.py has the equations of the others
+METHODS |= {
+    "zo-sgd-momentum": lambda m: ZOSGDMomentum(m, lr=LR / 10, eps=EPS, seed=SEED),
+    "zo-sgd-momentum layers": lambda m: ZOSGDMomentum(m, lr=LR / 10, eps=EPS, seed=SEED, granularity="layer"),
+    "zo-sgd-momentum low-rank": lambda m: ZOSGDMomentum(m, lr=LR / 10, eps=EPS, seed=SEED, noise="low-rank", rank=2),
+    "zo-sign": lambda m: ZOSign(m, lr=LR, eps=EPS, seed=SEED),
+    "zo-sign one-sided": lambda m: ZOSign(m, lr=LR, eps=EPS, noise="rademacher", seed=SEED, estimator=OneSided(4)),
+    "mezo-adam": lambda m: MeZOAdam(m, lr=LR, eps=EPS, seed=SEED),
+    "meazo": lambda m: MEAZO(m, lr=LR, eps=EPS, seed=SEED),
+    "zo-adamu": lambda m: ZOAdaMU(m, lr=LR, eps=EPS, seed=SEED, total_steps=10),
+    "hizoo": lambda m: HiZOO(m, lr=LR, eps=EPS, seed=SEED, smooth=1e-2),
+    "zo-finetuner momentum": lambda m: ZOFineTuner(
+        m, tuner_of(m), lr=LR / 10, eps=EPS, seed=SEED, update=Momentum(0.9)
+    ),
 }
 
 
@@ -64,8 +95,26 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def z_of(opt: ZOOptimizer, block: int, step: int, branch: int = 0) -> Tensor:
-    kind = opt.param_groups[0]["noise"]
+    group = opt.param_groups[0]
+    kind = group["noise"]
+    if kind == "low-rank":
+        draw = Draw(group["factors"], SEED, step, branch, group["rank"], group["resample_every"])
+        z = [torch.zeros_like(piece.view) for piece in opt.blocks[block].pieces]
+        for out, piece in zip(z, opt.blocks[block].pieces, strict=True):
+            draw.add(out, [1.0], out=out, block=block, start=piece.start)
+        return torch.cat([out.reshape(-1) for out in z])
     return noise.sample(kind, seed=SEED, step=step, block=block, branch=branch, start=0, stop=opt.blocks[block].numel)
+
+
+def buffers(state: dict[str, Any]) -> list[Tensor]:
+    """Elementwise state in a state_dict."""
+    return [tensor for held in state["state"].values() for tensor in held.values()]
+
+
+def at_engine(opt: ZOOptimizer, engine: str) -> ZOOptimizer:
+    """The optimizer, whose losses are evaluated by an engine."""
+    opt._perturber = Perturber(opt._perturber._model, opt.blocks, engine=engine)
+    return opt
 
 
 def flat(block: Any) -> Tensor:
@@ -75,9 +124,10 @@ def flat(block: Any) -> Tensor:
 # The contract
 
 
-def test_a_step_equals_the_formula_computed_outside(make: Make) -> None:
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_step_equals_the_formula_computed_outside(name: str) -> None:
     model = tiny_llama().eval()
-    opt = make(model)
+    opt = METHODS[name](model)
     closure = closure_of(model)
     for step in range(3):
         before = [flat(block) for block in opt.blocks]
@@ -106,8 +156,11 @@ def test_the_losses_are_those_at_the_perturbed_weights(make: Make) -> None:
     info = opt.last
     assert info is not None
     sigma = [1.0] * len(opt.blocks) if info.scales is None else info.scales.tolist()
-    two_point = len(info.losses) == 2
-    signs = [(0, EPS), (0, -EPS)] if two_point else [(0, 0.0), *((b, EPS) for b in range(1, len(info.losses)))]
+    signs = {
+        2: [(0, EPS), (0, -EPS)],
+        3: [(0, 0.0), (0, EPS), (0, -EPS)],
+        5: [(0, 0.0), *((b, EPS) for b in range(1, 5))],
+    }[len(info.losses)]
     twin = tiny_llama().eval()
     for loss, (branch, factor) in zip(info.losses, signs, strict=True):
         for i, block in enumerate(find_blocks(twin, "layer" if len(start) < 10 else "block")):
@@ -133,7 +186,7 @@ def test_what_a_step_returns_and_reports(make: Make) -> None:
     loss = opt.step(counted)
     info = opt.last
     assert info is not None
-    assert calls == info.forwards == len(info.losses)
+    assert calls == info.forwards == len(info.losses) == opt.losses_per_step
     assert loss == (sum(info.losses) / 2 if len(info.losses) == 2 else info.losses[0])
     assert isinstance(loss, float)
     assert info.scales is None or info.scales.shape == (len(opt.blocks),)
@@ -165,8 +218,27 @@ def test_state_dict_continues_to_the_same_bits(make: Make) -> None:
     for _ in range(2):
         resumed.step(closure_of(middle))
     assert same(weights(model), weights(middle))
+    assert same(buffers(opt.state_dict()), buffers(resumed.state_dict()))
     assert resumed.last is not None
     assert resumed.last.step == 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_replay_from_the_losses_alone_gives_the_same_bits(make: Make, engine: str) -> None:
+    model = tiny_llama().eval()
+    opt, losses = at_engine(make(model), engine), []
+    for _ in range(4):
+        opt.step(closure_of(model))
+        assert opt.last is not None
+        losses.append(opt.last.losses)
+    twin = tiny_llama().eval()
+    replayed = at_engine(make(twin), engine)
+    for each in losses:
+        replayed.replay(each)
+    assert same(weights(model), weights(twin))
+    assert same(buffers(opt.state_dict()), buffers(replayed.state_dict()))
+    with pytest.raises(ValueError, match=f"has {len(each)} losses, got 1"):
+        replayed.replay([0.5])
 
 
 def test_the_state_survives_torch_save(make: Make, tmp_path: Any) -> None:
@@ -209,7 +281,8 @@ def test_a_closure_that_raises_leaves_everything_as_it_was(make: Make) -> None:
     with pytest.raises(KeyboardInterrupt):
         opt.step(fails_late)
     assert same(before, weights(model))
-    assert str(opt.state_dict()) == str(state)
+    assert str(opt.state_dict()["param_groups"]) == str(state["param_groups"])
+    assert same(buffers(opt.state_dict()), buffers(state))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -217,14 +290,15 @@ def test_a_loss_that_is_not_finite_skips_the_step(make: Make, bad: float) -> Non
     model = tiny_llama().eval()
     opt = make(model)
     opt.step(closure_of(model))
-    before = weights(model)
-    kept = {k: v for k, v in opt.param_groups[0].items() if k in ("loss_prev", "sigma_prev")}
+    before, held = weights(model), [tensor.clone() for tensor in buffers(opt.state_dict())]
+    kept = {k: v for k, v in opt.param_groups[0].items() if k not in ("params", "step")}
     values = iter([1.0, bad, *[1.0] * 8])
     opt.step(lambda: next(values))
     assert opt.last is not None
     assert opt.last.skipped
     assert same(before, weights(model))
-    assert {k: v for k, v in opt.param_groups[0].items() if k in kept} == kept
+    assert same(held, buffers(opt.state_dict()))
+    assert {k: v for k, v in opt.param_groups[0].items() if k not in ("params", "step")} == kept
     opt.step(closure_of(model))
     assert not opt.last.skipped
     assert not same(before, weights(model))
@@ -255,7 +329,7 @@ def test_no_gradient_is_made_and_the_global_random_state_stays(make: Make) -> No
 def test_a_method_lowers_the_loss(make: Make) -> None:
     model = tiny_llama().eval()
     opt = make(model)
-    opt.param_groups[0]["lr"] = LR / 4
+    opt.param_groups[0]["lr"] /= 4
     first = float(closure_of(model)())
     for _ in range(60):
         opt.step(closure_of(model))

@@ -22,7 +22,7 @@ from zotuner.cli import main
 from zotuner.errors import ZotunerError
 from zotuner.models import check_weights, keep_weights, load_model, restore_weights, weights_sha256
 from zotuner.noise import cpu, philox
-from zotuner.optim import FZOO, MeZO, ZOFineTuner
+from zotuner.optim import FZOO, LOZO, MEAZO, MeZO, ZOFineTuner, ZOOptimizer, ZOSign
 from zotuner.perturb import Draw, Perturbation, Perturber, shift, slot
 from zotuner.quantized import QuantizedLinear, QuantizedMatrix, quantize_
 from zotuner.tuner import Tuner
@@ -409,15 +409,37 @@ def test_mezo_lowers_a_loss(bits: int) -> None:
     assert mean(gains) > 0.15
 
 
-@pytest.mark.parametrize("method", ["fzoo", "zo-finetuner"])
+OTHERS: dict[str, Callable[[Any, Tuner], ZOOptimizer]] = {
+    "fzoo": lambda model, _: FZOO(model, lr=1e-2),
+    "zo-finetuner": lambda model, tuner: ZOFineTuner(model, tuner, lr=1e-3),
+    "zo-sign": lambda model, _: ZOSign(model, lr=1e-2),
+    "zo-sign low-rank": lambda model, _: ZOSign(model, lr=1e-2, noise="low-rank", rank=2),
+    "meazo": lambda model, _: MEAZO(model, lr=1e-2),
+    "lozo": lambda model, _: LOZO(model, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
 def test_other_methods_step_too(method: str) -> None:
     model: Any = lively()
     tuner = Tuner.for_model(model, "abs")
     quantize_(model, 4)
     before = codes_of(model)
-    opt = FZOO(model, lr=1e-2) if method == "fzoo" else ZOFineTuner(model, tuner, lr=1e-3)
+    opt = OTHERS[method](model, tuner)
     opt.step(closure_of(model))
     assert not same(codes_of(model), before)
+
+
+@pytest.mark.parametrize("method", ["zo-sign", "zo-sign low-rank", "lozo"])
+def test_chunks_of_rows_make_no_difference_to_a_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for chunk in (1 << 20, 100):
+        monkeypatch.setattr(quantized, "CHUNK", chunk)
+        model: Any = quantize_(lively(), 8)
+        opt = OTHERS[method](model, Tuner.for_model(lively(), "abs"))
+        opt.replay((0.9, 0.2))
+        found.append(codes_of(model))
+    assert same(*found)
 
 
 def test_a_model_of_codes_alone_has_an_optimizer_too() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ZEROTH_ORDER
+from runs import STATEFUL, ZEROTH_ORDER
 from test_cli import assert_one_error_line, call
 
 from zotuner import noise
@@ -35,7 +35,7 @@ def no_data(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def finished(whole: Run) -> Run:
     """A run of a kind; made before data are refused."""
-    for method in (*ZEROTH_ORDER, "adam"):
+    for method in (*ZEROTH_ORDER, *STATEFUL, "adam"):
         whole(method)
     return whole
 
@@ -48,7 +48,7 @@ def sha256_of(model: Path, dtype: str = "float32") -> str:
     return weights_sha256(load_model(model, dtype=dtype)[0])
 
 
-@pytest.mark.parametrize("method", ZEROTH_ORDER)
+@pytest.mark.parametrize("method", [*ZEROTH_ORDER, *STATEFUL])
 def test_a_replay_has_the_bits_of_the_run(
     finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -57,7 +57,7 @@ def test_a_replay_has_the_bits_of_the_run(
     best = summary_of(finished(method))["dev"]["best"]["step"]
     assert f"the model after {best} steps" in said
     assert "as the run recorded" in said
-    dtype = "bfloat16" if method == "half" else "float32"
+    dtype = "bfloat16" if method in ("half", "mezo-adam") else "float32"
     assert sha256_of(tmp_path / "model", dtype) == summary_of(finished(method))["weights_sha256"]
 
 

@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zotuner.errors import ZotunerError
     from zotuner.models import load_model
-    from zotuner.optim import FZOO, MeZO, OneSided, StepInfo, TwoPoint, ZOFineTuner
+    from zotuner.optim import (
+        FZOO,
+        LOZO,
+        MEAZO,
+        HiZOO,
+        MeZO,
+        MeZOAdam,
+        OneSided,
+        StepInfo,
+        ThreePoint,
+        TwoPoint,
+        ZOAdaMU,
+        ZOFineTuner,
+        ZOSGDMomentum,
+        ZOSign,
+    )
     from zotuner.tasks import Example, Task, get_task
     from zotuner.tuner import Tuner
 
@@ -21,25 +36,32 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 __all__ = [
     "FZOO",
+    "LOZO",
+    "MEAZO",
     "Example",
+    "HiZOO",
     "MeZO",
+    "MeZOAdam",
     "OneSided",
     "StepInfo",
     "Task",
+    "ThreePoint",
     "Tuner",
     "TwoPoint",
+    "ZOAdaMU",
     "ZOFineTuner",
+    "ZOSGDMomentum",
+    "ZOSign",
     "ZotunerError",
     "get_task",
     "load_model",
 ]
 
-_HOMES = {
+_HOMES = dict.fromkeys(__all__, "optim") | {
     "ZotunerError": "errors",
     "load_model": "models",
     **dict.fromkeys(["Example", "Task", "get_task"], "tasks"),
     "Tuner": "tuner",
-    **dict.fromkeys(["FZOO", "MeZO", "OneSided", "StepInfo", "TwoPoint", "ZOFineTuner"], "optim"),
 }
 
 

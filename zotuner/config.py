@@ -12,13 +12,31 @@ from pydantic_core import PydanticCustomError
 
 from zotuner.errors import ZotunerError, unknown
 
-ZEROTH_ORDER = ("zo-finetuner", "fzoo", "mezo")
-METHODS = (*ZEROTH_ORDER, "adam", "none")
-# The best of a grid on SST-2 with SmolLM2-135M-Instruct (docs/results.md; adam: not searched); search around them.
-DEFAULT_LR = {"zo-finetuner": 4e-5, "mezo": 4e-5, "fzoo": 4e-3, "adam": 1e-5}
+ELEMENTWISE = ("zo-sgd-momentum", "mezo-adam", "zo-adamu", "hizoo")  # keep numbers for each weight
+ZEROTH_ORDER = ("zo-finetuner", "fzoo", "mezo", "zo-sign", "meazo", "lozo", *ELEMENTWISE)
+FIRST_ORDER = ("adam", "sgd")
+METHODS = (*ZEROTH_ORDER, *FIRST_ORDER, "none")
+# The first three: the best of a grid on SST-2 with SmolLM2-135M-Instruct (docs/results.md). Others were not searched:
+# they move a weight in a step about as far as mezo does there, sgd as far as adam (docs/method.md); search around them.
+DEFAULT_LR = {
+    "zo-finetuner": 4e-5,
+    "mezo": 4e-5,
+    "fzoo": 4e-3,
+    "zo-sgd-momentum": 4e-6,
+    "zo-sign": 1e-3,
+    "mezo-adam": 1e-3,
+    "meazo": 1e-3,
+    "zo-adamu": 4e-5,
+    "hizoo": 4e-5,
+    "lozo": 4e-5,
+    "adam": 1e-5,
+    "sgd": 3e-4,
+}
 SAVE_EVERY = {"zeroth-order": 500, "first-order": 50}  # a ledger repeats a step at the cost of its update alone
 OBJECTIVES = {"accuracy": "accuracy", "f1": "f1", "exact-match": "em"}  # what can be maximised -> the task's metric
-DEFAULT_NOISE = {"fzoo": "rademacher"}  # the papers' choices; gaussian for the others
+DEFAULT_NOISE = {"fzoo": "rademacher", "lozo": "low-rank"}  # the papers' choices; gaussian for the others
+ONLY_NOISE = {"zo-adamu": "gaussian", "hizoo": "gaussian", "lozo": "low-rank"}  # what their equations stand on
+OWN = {"lozo": {"rank": 2, "factors": "gaussian", "resample_every": 50}}  # defaults other than below: the papers'
 KIND = Literal["gaussian", "rademacher"]
 NOISE = Literal["gaussian", "rademacher", "low-rank"]
 DTYPE = Literal["float32", "bfloat16", "float16", "auto"]
@@ -95,8 +113,14 @@ class FinetuneConfig(Config):
     micro_batch_size: int | None = Field(None, ge=1, description="examples a forward at most; default: the whole batch")
     num_perturbations: int = Field(8, ge=2, le=1 << 15, description="N of FZOO; a step costs N + 1 forwards")
     noise: NOISE | None = Field(None, description="gaussian, or rademacher (fzoo's default)")
-    rank: int = Field(1, ge=1, le=1 << 16, description="of low-rank noise")
-    factors: KIND = Field("rademacher", description="distribution of low-rank noise's factors")
+    rank: int = Field(1, ge=1, le=1 << 16, description="of low-rank noise; lozo: 2")
+    factors: KIND = Field("rademacher", description="distribution of low-rank noise's factors; lozo: gaussian")
+    resample_every: int = Field(
+        1, ge=1, description="steps after which the second factor of low-rank noise is drawn anew; lozo: 50"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="beta of zo-sgd-momentum, beta1 of mezo-adam")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment of mezo-adam and meazo")
+    smooth: float = Field(1e-6, ge=0, lt=1, description="weight of a step in hizoo's Hessian")
     engine: Literal["streamed", "in-place"] = Field(
         "streamed",
         description="streamed: perturb without writing to the weights; in-place: walk to each point and back",
@@ -108,7 +132,7 @@ class FinetuneConfig(Config):
         "auto", description="such forwards that run at the same time, each with its share of the cores; auto: likewise"
     )
     quantize: Literal[4, 8] | None = Field(
-        None, description="bits of the linear layers' weights while they are tuned: 8 or 4; not for adam"
+        None, description="bits of the linear layers' weights while they are tuned: 8 or 4; not for every method"
     )
     clip: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="scale coefficients down to so many running standard deviations"
@@ -156,12 +180,17 @@ class FinetuneConfig(Config):
             self._check_quantize()
         if self.compile and (self.engine == "streamed" and "engine" in self.model_fields_set):
             raise ValueError("--compile needs --engine in-place: compiled code runs on the model's own weights")
+        if (only := ONLY_NOISE.get(self.method)) is not None and self.noise not in (None, only):
+            raise ValueError(f"--noise {self.noise} is not for method {self.method}, whose noise is {only}")
+        order = "first-order" if self.method in FIRST_ORDER else "zeroth-order"
+        own = {key: value for key, value in OWN.get(self.method, {}).items() if key not in self.model_fields_set}
         fill = {
+            **own,
             "engine": "in-place" if self.compile else self.engine,
             "lr": self.lr if self.lr is not None else DEFAULT_LR.get(self.method),
             "noise": self.noise or DEFAULT_NOISE.get(self.method, "gaussian"),
             "eval_every": self.eval_every or max(1, -(-self.steps // 5)),
-            "save_every": self.save_every or SAVE_EVERY["first-order" if self.method == "adam" else "zeroth-order"],
+            "save_every": self.save_every or SAVE_EVERY[order],
         }
         for name, value in fill.items():
             object.__setattr__(self, name, value)
@@ -170,14 +199,18 @@ class FinetuneConfig(Config):
     def _check_objective(self, objective: str) -> None:
         if objective not in OBJECTIVES and ".py:" not in objective:
             raise ValueError(f"{unknown('objective', objective, OBJECTIVES)}, or FILE.py:FUNCTION")
-        if self.method == "adam":
-            raise ValueError("--objective is for zeroth-order methods: a reward has no gradient for adam")
+        if self.method in FIRST_ORDER:
+            raise ValueError(f"--objective is for zeroth-order methods: a reward has no gradient for {self.method}")
 
     def _check_quantize(self) -> None:
         """What integer weights do not go with."""
-        if self.method == "adam":
+        if self.method in FIRST_ORDER:
             raise ValueError(
-                "--quantize is for zeroth-order methods: adam needs gradients, which integers have none of"
+                f"--quantize is for zeroth-order methods: {self.method} needs gradients, which integers have none of"
+            )
+        if self.method in ELEMENTWISE:
+            raise ValueError(
+                f"--quantize is not for {self.method}, which keeps numbers for each weight: there is no memory to save"
             )
         if self.compile or self.engine == "in-place":
             raise ValueError("--quantize needs the streamed engine: leave out --compile and --engine in-place")
@@ -186,6 +219,15 @@ class FinetuneConfig(Config):
                 "--save-model cannot write quantised weights, which transformers could not load: leave out --quantize "
                 "or --save-model"
             )
+
+
+def forwards_per_step(config: FinetuneConfig) -> int:
+    """What a step of a configuration's method costs: its losses. The backward of a first-order step is not counted."""
+    if config.method == "none":
+        return 0
+    if config.method in FIRST_ORDER:
+        return 1
+    return {"fzoo": config.num_perturbations + 1, "hizoo": 3}.get(config.method, 2)
 
 
 class MetaTrainConfig(Config):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from zotuner.config import FinetuneConfig, forwards_per_step
 from zotuner.errors import ZotunerError
 from zotuner.files import is_run
 from zotuner.progress import stdout
@@ -37,11 +38,13 @@ def demo(out: Path, tuner: Path, forwards: int) -> None:
     runs = []
     for method, lr in RUNS.items():
         runs.append(out / method)
-        per_step = NUM_PERTURBATIONS + 1 if method == "fzoo" else 2
-        command = [sys.executable, "-m", "zotuner", "finetune", "--model", MODEL, "--task", TASK, "--method", method]
-        command += ["--lr", str(lr), "--steps", str(forwards // per_step), "--noise", "rademacher", "--overwrite"]
-        command += ["--num-perturbations", str(NUM_PERTURBATIONS), "--out", str(out / method)]
-        command += ["--tuner", str(tuner)] if method == "zo-finetuner" else []
+        options: dict[str, object] = {"model": MODEL, "task": TASK, "method": method, "lr": lr, "out": out / method}
+        options |= {"noise": "rademacher", "num_perturbations": NUM_PERTURBATIONS}
+        options |= {"tuner": str(tuner)} if method == "zo-finetuner" else {}
+        options["steps"] = forwards // forwards_per_step(FinetuneConfig.read(None, options))
+        command = [sys.executable, "-m", "zotuner", "finetune", "--overwrite"]
+        for name, value in options.items():
+            command += ["--" + name.replace("_", "-"), str(value)]
         code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
         if code:
             raise ZotunerError(f"the run of {method} ended with exit code {code}; its message is above")

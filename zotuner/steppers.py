@@ -9,11 +9,23 @@ import torch
 from torch import Tensor
 
 from zotuner.batch import Batch
-from zotuner.config import FinetuneConfig
+from zotuner.config import FIRST_ORDER, FinetuneConfig
 from zotuner.ledger import Record
 from zotuner.models import compute_dtype
 from zotuner.objective import Objective, shares
-from zotuner.optim import FZOO, MeZO, ZOFineTuner, ZOOptimizer
+from zotuner.optim import (
+    FZOO,
+    LOZO,
+    MEAZO,
+    HiZOO,
+    MeZO,
+    MeZOAdam,
+    ZOAdaMU,
+    ZOFineTuner,
+    ZOOptimizer,
+    ZOSGDMomentum,
+    ZOSign,
+)
 from zotuner.trajectory import first_order
 from zotuner.tuner import Tuner
 
@@ -32,25 +44,40 @@ class Taken:
     scales: Tensor | None = None  # (n,) the normalised sigma~
 
 
+# Of each zeroth-order method: its class, and from an argument's name to the option that it is.
+SHARED = (
+    *("lr", "eps", "noise", "seed", "rank", "factors", "resample_every"),
+    *("engine", "branch_batch", "branch_threads", "clip"),
+)
+OPTIMIZERS: dict[str, tuple[type[ZOOptimizer], dict[str, str]]] = {
+    "mezo": (MeZO, {}),
+    "fzoo": (FZOO, {"num_perturbations": "num_perturbations"}),
+    "zo-finetuner": (ZOFineTuner, {}),
+    "zo-sgd-momentum": (ZOSGDMomentum, {"momentum": "momentum"}),
+    "zo-sign": (ZOSign, {}),
+    "mezo-adam": (MeZOAdam, {"momentum": "momentum", "beta2": "beta2"}),
+    "meazo": (MEAZO, {"beta2": "beta2"}),
+    "zo-adamu": (ZOAdaMU, {"total_steps": "steps"}),
+    "hizoo": (HiZOO, {"smooth": "smooth"}),
+    "lozo": (LOZO, {}),
+}
+
+
+def optimizer_for(config: FinetuneConfig, model: Any, tuner: Tuner | None) -> ZOOptimizer:
+    """The optimizer of a configuration's zeroth-order method."""
+    made, options = OPTIMIZERS[config.method]
+    given = {name: getattr(config, option) for name, option in ({name: name for name in SHARED} | options).items()}
+    if tuner is not None:
+        given["tuner"] = tuner
+    given["compute_dtype"] = compute_dtype(model.device) if config.dtype == "auto" else None
+    return made(model, **given)
+
+
 class ZOStepper:
     """Steps of a zeroth-order method."""
 
     def __init__(self, config: FinetuneConfig, model: Any, tuner: Tuner | None) -> None:
-        assert config.lr is not None
-        shared = (
-            *("lr", "eps", "noise", "seed", "rank", "factors"),
-            *("engine", "branch_batch", "branch_threads", "clip"),
-        )
-        common: dict[str, Any] = {name: getattr(config, name) for name in shared}
-        common["compute_dtype"] = compute_dtype(model.device) if config.dtype == "auto" else None
-        self.optimizer: ZOOptimizer
-        if config.method == "mezo":
-            self.optimizer = MeZO(model, **common)
-        elif config.method == "fzoo":
-            self.optimizer = FZOO(model, num_perturbations=config.num_perturbations, **common)
-        else:
-            assert tuner is not None
-            self.optimizer = ZOFineTuner(model, tuner, **common)
+        self.optimizer = optimizer_for(config, model, tuner)
         self._model = model
 
     @torch.no_grad()
@@ -78,12 +105,12 @@ class ZOStepper:
         self.optimizer.learn_model(lambda: objective.mean_loss(self._model, batches))
 
 
-class AdamStepper:
-    """Steps of first-order Adam, the upper bound that backpropagation buys. Its backward counts as no forward."""
+class FirstOrderStepper:
+    """Steps of Adam or SGD, the upper bound that backpropagation buys. Its backward counts as no forward."""
 
     def __init__(self, config: FinetuneConfig, model: Any) -> None:
         assert config.lr is not None
-        self.optimizer = first_order("adam", model, config.lr)
+        self.optimizer = first_order("sgd" if config.method == "sgd" else "adam", model, config.lr)
         self._model = model
 
     def __call__(self, objective: Objective, batches: Sequence[Batch]) -> Taken:
@@ -101,11 +128,11 @@ class AdamStepper:
         return Taken(value, lr, 1, (), (value,), not finite)
 
 
-Stepper = ZOStepper | AdamStepper
+Stepper = ZOStepper | FirstOrderStepper
 
 
 def stepper_for(config: FinetuneConfig, model: Any, tuner: Tuner | None) -> Stepper | None:
     """The steps of a configuration's method; None for "none"."""
     if config.method == "none":
         return None
-    return AdamStepper(config, model) if config.method == "adam" else ZOStepper(config, model, tuner)
+    return FirstOrderStepper(config, model) if config.method in FIRST_ORDER else ZOStepper(config, model, tuner)

@@ -260,7 +260,7 @@ class Training:
         if not isinstance(self._stepper, ZOStepper):
             return None
         path, sync_every = self._config.out / LEDGER, self._config.sync_every
-        header = header_of(self._config, self._setup)
+        header = header_of(self._config, self._setup, self._stepper.optimizer.losses_per_step)
         if not path.exists():
             return Ledger(path, header, sync_every=sync_every)
         ledger = Ledger(path, None, sync_every=sync_every)
@@ -337,10 +337,10 @@ class _Dev:
             evals.write(step=step, forwards=totals.forwards, seconds=round(totals.seconds, 4), **came)
 
 
-def header_of(config: FinetuneConfig, setup: Loaded) -> dict[str, Any]:
-    """A ledger's header: whose steps they are, and all that repeating them takes."""
+def header_of(config: FinetuneConfig, setup: Loaded, losses: int) -> dict[str, Any]:
+    """A ledger's header: whose steps they are, of how many losses each, and all that repeating them takes."""
     return {
-        "losses": config.num_perturbations + 1 if config.method == "fzoo" else 2,
+        "losses": losses,
         "method": config.method,
         "model": config.model,
         "weights_sha256": weights_sha256(setup.model),

@@ -1,6 +1,6 @@
-"""The one step all zeroth-order methods share; a method is a choice of estimator, scale and noise.
+"""The one step all zeroth-order methods share; a method is a choice of estimator, scale, update and noise.
 
-scale  ->  sigma~ (n,)  ->  estimator asks for losses at theta + eps sigma~ z  ->  coefficients  ->  one sweep
+scale  ->  sigma~ (n,)  ->  estimator asks for losses at theta + eps sigma~ z  ->  coefficients  ->  update: one sweep
 """
 
 import math
@@ -15,10 +15,11 @@ from zotuner.blocks import Block, find_blocks
 from zotuner.errors import unknown
 from zotuner.noise import KINDS
 from zotuner.optim.clip import clipped
-from zotuner.optim.estimators import OneSided, TwoPoint
-from zotuner.perturb import Closure, Draw, Perturbation, Perturber
+from zotuner.optim.estimators import OneSided, ThreePoint, TwoPoint
+from zotuner.optim.updates import Estimate, Plain, Update
+from zotuner.perturb import Closure, Direction, Draw, Held, Perturbation, Perturber
 
-Estimator = TwoPoint | OneSided
+Estimator = TwoPoint | OneSided | ThreePoint
 LOW_RANK = "low-rank"
 
 
@@ -28,8 +29,8 @@ class StepInfo:
 
     Attributes:
         step: Its number, from 0; noise was drawn with it.
-        losses: Two-point: (loss_plus, loss_minus). One-sided: (l_0, l_1, ..., l_N).
-        coefficients: Of each perturbation: the update was -lr sum_k coefficients[k] u_k.
+        losses: Two-point: (loss_plus, loss_minus). One-sided: (l_0, l_1, ..., l_N). Three-point: (l_0, plus, minus).
+        coefficients: Of each perturbation: the gradient's estimate is sum_k coefficients[k] u_k.
         forwards: Losses that the step took. (The first step of a model whose parameters are read outside their
             modules calls the closure once more, to find out.)
         scales: The normalised sigma~ (n,) float64, or None where every block has scale 1.
@@ -58,7 +59,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     """A zeroth-order optimizer over one model: `step(closure)` with a closure that only evaluates the loss.
 
     One parameter group; learning-rate schedulers and `state_dict` work as on any torch optimizer. The group
-    holds all state there is: `step`, `seed`, and what a PertNN is told of the step before.
+    holds numbers: `step`, `seed`, what a PertNN is told of the step before; `state[param]` what an update keeps for
+    each element, in float32 whatever the parameter's dtype.
 
     Args:
         model: Its trainable parameters are tuned; set `requires_grad` to choose.
@@ -68,9 +70,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: Of the noise, in [0, 2^64).
         estimator: Which losses a step asks for.
         scale: Makes, from the blocks, what says how large the perturbation is in each; None: 1 everywhere.
+        update: What is made of the estimate, see `zotuner.optim.updates`; None: theta <- theta - lr g.
         granularity: "block" or "layer", see `zotuner.blocks.find_blocks`.
         rank: r of low-rank noise, A B^T / sqrt(r) in each matrix.
         factors: Distribution of A and B: "gaussian" or "rademacher".
+        resample_every: Steps for which B stays, while A is drawn in each.
         engine: "streamed" or "in-place", see `zotuner.perturb.engine`.
         branch_batch: How many losses of a step one forward evaluates, or "auto"; see there.
         branch_threads: How many such forwards run at the same time, or "auto"; see there.
@@ -78,7 +82,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         clip: Scale coefficients down to so many of their running standard deviations; None: never.
 
     Raises:
-        ValueError: An argument out of its range, or no trainable parameter.
+        ValueError: An argument out of its range, no trainable parameter, or quantised weights for an update that
+            keeps something for each element.
     """
 
     def __init__(
@@ -91,9 +96,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int,
         estimator: Estimator,
         scale: Callable[[Sequence[Block]], Scale] | None = None,
+        update: Update | None = None,
         granularity: str = "block",
         rank: int = 1,
         factors: str = "rademacher",
+        resample_every: int = 1,
         engine: str = "streamed",
         branch_batch: int | str = "auto",
         branch_threads: int | str = "auto",
@@ -108,8 +115,9 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise ValueError(unknown("kind of noise", noise, (*KINDS, LOW_RANK)))
         if factors not in KINDS:
             raise ValueError(unknown("kind of factors", factors, KINDS))
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+        for name, value in (("rank", rank), ("resample_every", resample_every)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"clip must be a positive number of standard deviations, got {clip}")
         if not 0 <= seed < 1 << 64:
@@ -118,11 +126,13 @@ class ZOOptimizer(torch.optim.Optimizer):
         params = list(dict.fromkeys(p for block in self.blocks for piece in block.pieces for p in piece.parameters))
         group = {"params": params, "step": 0, "seed": seed, "noise": noise}
         if noise == LOW_RANK:
-            group |= {"rank": rank, "factors": factors}
+            group |= {"rank": rank, "factors": factors, "resample_every": resample_every}
         super().__init__([group], {"lr": lr, "eps": eps})
         self.last: StepInfo | None = None
         self._estimator, self._clip = estimator, clip
         self._scale = None if scale is None else scale(self.blocks)
+        self._update: Update = update or Plain()
+        self._begin_state()
         self._perturber = Perturber(
             model,
             self.blocks,
@@ -131,6 +141,36 @@ class ZOOptimizer(torch.optim.Optimizer):
             branch_threads=branch_threads,
             compute_dtype=compute_dtype,
         )
+
+    def _begin_state(self) -> None:
+        """What the update keeps for each element, as it begins, where it is not there."""
+        self._held = Held(self.blocks, self.state)
+        if not self._update.buffers:
+            return
+        for block in self.blocks:
+            for param in (piece.param for piece in block.pieces):
+                if not isinstance(param, nn.Parameter):
+                    raise ValueError(
+                        f"{type(self).__name__} keeps numbers for each element, for which {block.name}, which is "
+                        "quantised, has no place: leave the weights as they are, or use a method such as MeZO"
+                    )
+                held, dtype = self.state[param], torch.promote_types(param.dtype, torch.float32)
+                for name in (name for name in self._update.buffers if name not in held):
+                    held[name] = torch.full_like(param.detach(), self._update.buffers[name], dtype=dtype)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for any torch optimizer, but elementwise state keeps its dtype, which torch casts to the parameter's."""
+        super().load_state_dict(state_dict)
+        params = self.param_groups[0]["params"]
+        for number, param in zip(state_dict["param_groups"][0]["params"], params, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[param][name] = value.to(param.device, copy=True)
+        self._begin_state()
+
+    @property
+    def losses_per_step(self) -> int:
+        """Losses, and so forwards, that a step takes."""
+        return len(self._estimator.points(self.param_groups[0]["eps"]))
 
     @torch.no_grad()
     def step(self, closure: Closure) -> float:  # type: ignore[override]
@@ -143,7 +183,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 called from several threads at once.
 
         Returns:
-            The mean of loss_plus and loss_minus (two-point) or l_0 (one-sided). Where a loss is not finite, the
+            The mean of loss_plus and loss_minus (two-point) or l_0 (the others). Where a loss is not finite, the
             weights stay as they are, `last.skipped` is set, and what came is returned.
         """
         state = self._begin()
@@ -185,12 +225,18 @@ class ZOOptimizer(torch.optim.Optimizer):
         sigma = [1.0] * len(self.blocks) if found is None else found[1].tolist()
         kind = group["factors"] if group["noise"] == LOW_RANK else group["noise"]
         rank = group["rank"] if group["noise"] == LOW_RANK else 0
-        at = Draw(kind, group["seed"], group["step"], self._estimator.first_branch, rank)
+        kept = group.get("resample_every", 1)
+        draw = Draw(kind, group["seed"], group["step"], self._estimator.first_branch, rank, kept)
+        along = self._direction(draw)
         points = [
-            Perturbation(at.branched(branch), [factor * s for s in sigma]) if factor else None
+            Perturbation(along.branched(branch), [factor * s for s in sigma]) if factor else None
             for branch, factor in self._estimator.points(group["eps"])
         ]
-        return _Begun(at, sigma, found, points)
+        return _Begun(draw, sigma, found, points)
+
+    def _direction(self, draw: Draw) -> Direction:
+        """Along what theta is perturbed: the noise itself, unless a method makes something of it."""
+        return draw
 
     def _end(self, begun: "_Begun", losses: tuple[float, ...]) -> float:
         """From the losses to the update, and to what the next step is told."""
@@ -199,8 +245,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         skipped = not all(math.isfinite(x) for x in (*losses, *coefficients))
         if self._clip is not None and not skipped:
             coefficients = clipped(coefficients, self._clip, group)
-        if not skipped and any(coefficients):
-            self._perturber.update(begun.at, [[-group["lr"] * c * s for c in coefficients] for s in begun.sigma])
+        if not skipped:
+            estimate = Estimate(begun.draw, begun.sigma, coefficients, losses, group, self._held)
+            self._perturber.update(*self._update(estimate))
         else:
             self._perturber.settle()
         if found is not None and not skipped:
@@ -209,7 +256,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         group["step"] += 1
         scales = None if found is None else found[1]
         was_clipped = not skipped and coefficients != raw
-        self.last = StepInfo(begun.at.step, losses, coefficients, len(losses), scales, skipped, was_clipped)
+        self.last = StepInfo(begun.draw.step, losses, coefficients, len(losses), scales, skipped, was_clipped)
         return self._estimator.reported(losses)
 
 
@@ -217,7 +264,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 class _Begun:
     """A step before its losses are known."""
 
-    at: Draw
+    draw: Draw
     sigma: list[float]
     found: tuple[Tensor, Tensor] | None
     points: list[Perturbation | None]

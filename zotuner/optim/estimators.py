@@ -1,6 +1,6 @@
 """Estimators: which losses a step asks for, and the coefficient of each perturbation that they give.
 
-Both have the same few verbs: `points`, `coefficients`, `reported` (what `step` returns) and `pair` (what a PertNN
+All have the same few verbs: `points`, `coefficients`, `reported` (what `step` returns) and `pair` (what a PertNN
 is told of a step).
 """
 
@@ -76,3 +76,26 @@ class OneSided:
     def pair(self, losses: tuple[float, ...]) -> tuple[float, float]:
         """(mean of l_1..l_N, l_0): the same two points, in the mean, as one-sided losses can give them."""
         return statistics.fmean(losses[1:]), losses[0]
+
+
+@dataclass(frozen=True)
+class ThreePoint:
+    """c as of `TwoPoint`, and theta's own loss, which tells the curvature along u (HiZOO, arXiv:2402.15173, Alg. 1)."""
+
+    first_branch: int = 0
+
+    def points(self, eps: float) -> Points:
+        """Of l_0, loss_plus and loss_minus: three forwards."""
+        return (0, 0.0), (0, eps), (0, -eps)
+
+    def coefficients(self, losses: tuple[float, ...], eps: float) -> tuple[float, ...]:
+        """(projected_grad,)."""
+        return ((losses[1] - losses[2]) / (2 * eps),)
+
+    def reported(self, losses: tuple[float, ...]) -> float:
+        """l_0."""
+        return losses[0]
+
+    def pair(self, losses: tuple[float, ...]) -> tuple[float, float]:
+        """(loss_plus, loss_minus)."""
+        return losses[1], losses[2]

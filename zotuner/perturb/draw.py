@@ -2,7 +2,8 @@
 
 full       z = what `zotuner.noise` draws, element by element
 low rank   z = A B^T / sqrt(r) in each matrix of m rows and n columns: A (m, r) and B (n, r) are drawn
-           (LOZO, arXiv:2410.07698; EGGROLL, arXiv:2511.16652); vectors, such as biases, as in the full case
+           (LOZO, arXiv:2410.07698; EGGROLL, arXiv:2511.16652); vectors, such as biases, as in the full case.
+           B may stay for some steps, while A is drawn in each (LOZO's lazy sampling)
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zotuner import noise
-from zotuner.blocks import Block, Piece, pieces_of
 from zotuner.noise.philox import MAX_ELEMENTS
-from zotuner.perturb.lanes import spread
 
 FACTORS = MAX_ELEMENTS // 2  # where the elements that factors are made of begin; below lie those of plain noise
 
@@ -31,6 +30,7 @@ class Draw:
         step: The optimizer's step.
         branch: Which of the step's perturbations.
         rank: r of the low-rank form; 0 for noise of full rank.
+        resample_every: Steps for which B of the low-rank form stays.
     """
 
     kind: str
@@ -38,6 +38,7 @@ class Draw:
     step: int
     branch: int = 0
     rank: int = 0
+    resample_every: int = 1
 
     def branched(self, branch: int) -> "Draw":
         """The same step's perturbation of another number."""
@@ -107,20 +108,9 @@ class Draw:
         coordinates = self.at(block, 0)
         del coordinates["start"]
         middle, stop = base + rows * self.rank, base + (rows + columns) * self.rank
-        both = noise.sample(start=base, stop=stop, **coordinates)
-        return both[: middle - base].view(rows, self.rank), both[middle - base :].view(columns, self.rank)
-
-
-def shift(blocks: Sequence[Block], draw: Draw, alphas: Sequence[Sequence[float]], rounding: str = "nearest") -> None:
-    """theta_i += sum_k alphas[i][k] z_i of branch `draw.branch + k`, in place, one sweep over the weights.
-
-    On the CPU each core takes blocks of its own.
-    """
-
-    def move(numbered: tuple[int, Piece]) -> None:
-        number, piece = numbered
-        piece.move(draw, alphas[number], number, rounding)
-
-    pieces = list(pieces_of(blocks))
-    on_cpu = all(piece.param.device.type == "cpu" for _, piece in pieces)
-    spread(move, pieces, [piece.numel for _, piece in pieces], None if on_cpu else 1)
+        if kept := self.step % self.resample_every:
+            a = noise.sample(start=base, stop=middle, **coordinates)
+            b = noise.sample(start=middle, stop=stop, **{**coordinates, "step": self.step - kept})
+        else:
+            a, b = noise.sample(start=base, stop=stop, **coordinates).split([middle - base, stop - middle])
+        return a.view(rows, self.rank), b.view(columns, self.rank)

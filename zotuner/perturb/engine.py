@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from zotuner.blocks import Block, Piece, Weight, pieces_of, weights_of
 from zotuner.errors import unknown
-from zotuner.perturb.draw import Draw, shift
 from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
+from zotuner.perturb.field import Direction, shift
 from zotuner.perturb.lanes import arrange, can_run_side_by_side, side_by_side
 from zotuner.perturb.slot import Perturbation, Scratch, Slot, build, marked
 from zotuner.perturb.stored import slot_of
@@ -115,7 +115,7 @@ class Perturber:
     def loss(
         self,
         closure: Closure,
-        draw: Draw | None = None,
+        draw: Direction | None = None,
         alphas: Sequence[float] = (),  # (n,) the factor of z in each block
     ) -> float:
         """L(theta + alpha z), or L(theta) without a draw. The weights are the same after as before."""
@@ -162,7 +162,7 @@ class Perturber:
         if self._walker is not None:
             self._walker.move(None)
 
-    def update(self, draw: Draw, alphas: Sequence[Sequence[float]]) -> None:
+    def update(self, draw: Direction, alphas: Sequence[Sequence[float]]) -> None:
         """theta_i += sum_k alphas[i][k] z_i of branch `draw.branch + k`, one sweep, which also ends a walk.
 
         Half-precision weights are rounded stochastically, so that small updates happen in the mean.
@@ -324,7 +324,7 @@ class _Walker:
             if to is not None:
                 shift(self._blocks, to.draw, [[b] for b in to.alphas])
 
-    def update(self, draw: Draw, alphas: Sequence[Sequence[float]]) -> None:
+    def update(self, draw: Direction, alphas: Sequence[Sequence[float]]) -> None:
         """The way home and the update in one sweep, where the point's branch is one of the update's."""
         here = self._at
         place = -1 if here is None or here.draw != draw.branched(here.draw.branch) else here.draw.branch - draw.branch

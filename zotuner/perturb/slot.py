@@ -10,16 +10,16 @@ from torch.autograd import profiler
 from torch.profiler import record_function
 
 from zotuner.blocks import Piece, chunk_rows, row_spans
-from zotuner.perturb.draw import Draw
+from zotuner.perturb.field import Direction
 
 CHUNK = 1 << 20  # elements of scratch that one linear layer takes at a time
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """A place to evaluate the loss at: theta_i + alphas[i] z_i."""
+    """A place to evaluate the loss at: theta_i + alphas[i] z_i (u_i, where the direction is no plain noise)."""
 
-    draw: Draw
+    draw: Direction
     alphas: Sequence[float]  # (n,) the factor of z in each block
 
 

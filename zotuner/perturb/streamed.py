@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from zotuner.perturb import half
+from zotuner.perturb.draw import Draw
 from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
 from zotuner.perturb.slot import Perturbation, Scratch, Slot, build, marked
 
@@ -215,6 +216,7 @@ def _add_low_rank(weight: Slot, calls: Sequence[Call]) -> None:
     ((number, piece),) = weight.pieces
     for point, x, y in calls:
         if point is not None:
+            assert isinstance(point.draw, Draw)  # no other says that it is of low rank
             with marked("noise"):
                 a, b = (f.to(x) for f in point.draw.factors(weight.param.shape, number, piece.start))
             y.addmm_(x @ b, a.t(), alpha=point.alphas[number] * point.draw.rank**-0.5)
