@@ -652,6 +652,8 @@ def test_help_names_every_option_with_its_default(
         text = found["--" + name.replace("_", "-")]
         if field.is_required():
             assert "(required)" in text
+        elif field.default == ():
+            assert "default: " in text
         elif isinstance(field.default, tuple):
             assert f"({' '.join(field.default)})" in text
         elif field.default is not None and not isinstance(field.default, bool):

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from tiny import tiny_llama, tiny_mamba, tiny_opt
-from torch import Tensor, nn
+from torch import Tensor
 
+from zotuner.adapters import adapted
 from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.evaluate import evaluate
@@ -121,22 +122,6 @@ def free_examples() -> list[Example]:
     return [Example(DEMONSTRATIONS + text, (" it rained.",), 0, answers=("it rained.",)) for text in TEXTS]
 
 
-class _Spy(nn.Module):
-    """Counts the tokens that a model computes."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.inner, self.config, self.device = model, model.config, model.device
-        self.tokens = 0
-
-    def get_base_model(self) -> Any:
-        return self.inner
-
-    def forward(self, **inputs: Any) -> Any:
-        self.tokens += inputs["input_ids"].numel()
-        return self.inner(**inputs)
-
-
 @pytest.mark.parametrize("examples", [closed_examples(), closed_examples(TEXTS[:2])], ids=["three", "two"])
 def test_a_prefix_computed_once_changes_no_score(tokenizer: Any, examples: list[Example]) -> None:
     model, objective = llama(), Objective(Closed(), tokenizer)
@@ -161,13 +146,14 @@ def test_a_prefix_changes_no_generated_answer(tokenizer: Any) -> None:
 
 
 def test_evaluation_computes_a_common_prefix_once(tokenizer: Any) -> None:
-    spy, objective = _Spy(llama()), Objective(Closed(), tokenizer)
+    model, objective, seen = llama(), Objective(Closed(), tokenizer), []
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True)
     examples = closed_examples(TEXTS * 4)
-    evaluate(spy, objective, examples, 4)
-    first = spy.tokens
-    evaluate(spy, objective, examples, 4)
+    evaluate(model, objective, examples, 4)  # finds out that the model can
+    seen.clear()
+    evaluate(model, objective, examples, 4)
     each = len(tokenizer(DEMONSTRATIONS)["input_ids"])
-    assert spy.tokens - first < len(examples) * each / 2  # the packed rows alone would compute the prefix 12 times
+    assert sum(seen) < len(examples) * each / 2  # the packed rows alone would compute the prefix 12 times
 
 
 def test_a_model_without_keys_and_values_computes_the_prefix_with_every_example(tokenizer: Any) -> None:
@@ -242,3 +228,39 @@ def test_two_point_rewards_are_stepped_like_losses(tokenizer: Any) -> None:
     opt.step(lambda branches=1: objective.loss(model, batch, branches))
     assert opt.last is not None
     assert all(-1 <= loss <= 0 and loss * 9 == pytest.approx(round(loss * 9)) for loss in opt.last.losses)
+
+
+def adapted_llama(kind: str) -> Any:
+    """A tiny Llama with an adapter that is not the identity."""
+    config = FinetuneConfig.model_validate({"model": "m", "task": "t", "out": "o", "method": "mezo", "adapter": kind})
+    model = adapted(llama(), config, "m")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for param in model.parameters():
+            if param.requires_grad:
+                param.copy_(torch.randn_like(param) * 0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prefix", "prompt"])
+def test_a_model_with_an_adapter_answers_a_batch_as_each_prompt_alone(tokenizer: Any, kind: str) -> None:
+    model = adapted_llama(kind)
+    found = generator(tokenizer).answers(model, generator(tokenizer).prompts(TEXTS))[0]
+    assert found == [slow_answer(model, tokenizer, text, 6, "\n") for text in TEXTS]
+    assert found != generator(tokenizer).answers(llama(), generator(tokenizer).prompts(TEXTS))[0]
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_branches_of_generating_micro_batches_have_the_losses_that_they_have_alone(tokenizer: Any, kind: str) -> None:
+    objective = Reward(Free(), tokenizer, lambda answer, _: float(len(answer)))
+    batches = objective.training_batches(free_examples(), 2)
+    assert [len(batch.examples) for batch in batches] == [2, 1]
+    given = []
+    for together in (4, 1):
+        model = adapted_llama(kind)
+        opt = FZOO(model, lr=0.0, eps=1.0, num_perturbations=3, branch_batch=together, branch_threads=1)
+        opt.step(lambda branches=1, model=model: objective.mean_loss(model, batches, branches))
+        assert opt.last is not None
+        given.append(opt.last.losses)
+    assert given[0] == pytest.approx(given[1])
+    assert len(set(given[0])) > 2

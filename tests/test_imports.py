@@ -13,7 +13,7 @@ PACKAGE = Path(zotuner.__file__).parent
 LAYERS = [
     ["errors", "signals", "files", "noise", "blocks", "config", "metrics", "pickled"],
     ["quantized", "pertnn", "perturb", "card", "pth"],
-    ["tuner", "optim", "tasks", "models", "snapshot", "ledger", "published"],
+    ["tuner", "optim", "tasks", "virtual", "adapters", "models", "snapshot", "ledger", "published"],
     ["prompting", "batch", "scoring", "objective", "evaluate", "progress"],
     ["trajectory", "steppers", "training", "finetune", "replay", "meta", "meta_train"],
     ["report", "log", "bench", "demo", "preview", "cli", "__main__"],
@@ -52,12 +52,14 @@ def test_imports_go_down_only() -> None:
 
 
 def test_importing_the_package_loads_no_heavy_library() -> None:
-    code = "import sys, zotuner; print([m for m in ('torch', 'transformers', 'datasets', 'numba') if m in sys.modules])"
+    heavy = ("torch", "transformers", "datasets", "numba", "peft")
+    code = f"import sys, zotuner; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_importing_the_optimizers_loads_neither_transformers_nor_datasets() -> None:
-    code = "import sys, zotuner; zotuner.MeZO; print([m for m in ('transformers', 'datasets') if m in sys.modules])"
+    heavy = ("transformers", "datasets", "peft")
+    code = f"import sys, zotuner; zotuner.MeZO; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

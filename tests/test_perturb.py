@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zotuner import noise
 from zotuner.blocks import find_blocks
-from zotuner.perturb import Draw, Perturber, shift, slot
+from zotuner.perturb import Draw, Perturbation, Perturber, shift, slot
 
 DRAW = Draw("rademacher", seed=3, step=7)
 IDS = torch.arange(24).view(2, 12) % 13
@@ -279,3 +279,39 @@ def test_shift_moves_by_the_sum_over_branches() -> None:
             for b in (0, 1)
         ]
         assert torch.equal(p.detach(), expected[name] + (0.5 * z[0] - 0.25 * z[1]))
+
+
+class Contained(nn.Module):
+    """Reads the parameters that it keeps in containers, which have no forward of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.scales = nn.ParameterDict({"weight": torch.linspace(0.5, 2, 4)})
+        self.shifts = nn.ParameterList([torch.linspace(-1, 1, 4), torch.ones(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scales["weight"] + self.shifts[0] + self.shifts[1].square()
+
+
+@pytest.mark.parametrize("branch_batch", [1, 2])
+@pytest.mark.parametrize("branch_threads", [1, 2])
+@torch.no_grad()
+def test_parameters_in_a_container_are_perturbed_in_the_module_that_has_it(
+    branch_batch: int, branch_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.manual_seed(0)
+    model = nn.Sequential(Contained(), nn.Tanh(), Contained())
+    before, blocks, x = bits(model), find_blocks(model), torch.linspace(-1, 1, 12).view(3, 4)
+
+    def closure(branches: int = 1, of: nn.Module = model) -> Tensor:
+        means = of(x.repeat(branches, 1)).square().view(branches, -1).mean(dim=1)
+        return means if branches > 1 else means[0]
+
+    points = [Perturbation(DRAW.branched(k), [0.1] * len(blocks)) for k in range(4)]
+    expected = [float(closure(of=moved(model, p.draw, list(p.alphas)))) for p in points]
+    perturber = Perturber(model, blocks, branch_batch=branch_batch, branch_threads=branch_threads)
+    assert perturber.losses(closure, points) == pytest.approx(expected, rel=1e-5)
+    assert unchanged(model, before)
+    assert not perturber._copied

@@ -12,7 +12,7 @@ TEMPLATE = """---
 # Tuner for {base_model}
 
 Learned perturbation scales for zeroth-order fine-tuning: {count} PertNNs ({architecture}, granularity
-{granularity}, Frobenius normalisation {normalized}), one a block of the base model, {origin}.
+{granularity}, Frobenius normalisation {normalized}), one a block of the base model{adapter}, {origin}.
 Use it on the base model, on its fine-tunes and merges, and on any task, with forward passes only.
 
 ```python
@@ -58,12 +58,20 @@ def card(info: dict[str, Any]) -> str:
         architecture=info["architecture"],
         granularity=info["granularity"],
         normalized=_normalized(info),
+        adapter="" if info["adapter"] is None else f"'s adapter {adapter_line(info['adapter'])}",
         origin=_origin(info),
         config="\n".join(f"| {key} | {_cell(value)} |" for key, value in info["config"].items()) or "| - | - |",
         base_weights_sha256=info["base_weights_sha256"] or "not recorded",
         versions=", ".join(f"{name} {number}" for name, number in info["versions"].items()),
         notes=info["notes"] or "Not compared with anything yet.",
     )
+
+
+def adapter_line(adapter: dict[str, Any]) -> str:
+    """An adapter in a few words, such as "lora (rank 8, alpha 16, on q_proj v_proj)"."""
+    about = [f"{name} {adapter[name]:g}" for name in ("rank", "alpha", "tokens") if adapter[name] is not None]
+    about += [f"on {' '.join(adapter['targets'])}"] if adapter["targets"] else []
+    return f"{adapter['kind']} ({', '.join(about)})" if about else str(adapter["kind"])
 
 
 def _normalized(info: dict[str, Any]) -> str:

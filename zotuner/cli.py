@@ -157,7 +157,7 @@ def _help(field: FieldInfo) -> str:
         text = f"{field.description} (required)"
     elif isinstance(default, bool):
         text = f"{field.description} ({'on' if default else 'off'})"
-    elif default is None:
+    elif default is None or default == ():
         text = str(field.description)
     else:
         shown = " ".join(default) if isinstance(default, tuple) else default

@@ -40,6 +40,13 @@ OWN = {"lozo": {"rank": 2, "factors": "gaussian", "resample_every": 50}}  # defa
 KIND = Literal["gaussian", "rademacher"]
 NOISE = Literal["gaussian", "rademacher", "low-rank"]
 DTYPE = Literal["float32", "bfloat16", "float16", "auto"]
+ADAPTER = Literal["none", "lora", "prefix", "prompt", "ia3"]
+ADAPTER_DEFAULTS: dict[str, dict[str, Any]] = {  # which options an adapter has (MeZO, arXiv:2305.17333, appendix)
+    "lora": {"adapter_rank": 8, "adapter_alpha": 16, "adapter_targets": ()},
+    "prefix": {"adapter_tokens": 5},
+    "prompt": {"adapter_tokens": 5},
+    "ia3": {"adapter_targets": ()},
+}
 
 
 class Config(BaseModel):
@@ -64,6 +71,28 @@ class Config(BaseModel):
         None, ge=1, description="steps between snapshots, which bound what --resume repeats; default: by program"
     )
     max_length: int = Field(1024, ge=2, description="tokens; longer prompts lose their beginning")
+    adapter: ADAPTER = Field("none", description="what is tuned in place of the model's own weights")
+    adapter_rank: int | None = Field(None, ge=1, description="of lora (8)")
+    adapter_alpha: int | None = Field(None, ge=1, description="of lora, whose product is scaled by alpha / rank (16)")
+    adapter_targets: tuple[str, ...] = Field(
+        (), description="names of the layers that lora or ia3 adapts; default: peft's choice for the architecture"
+    )
+    adapter_tokens: int | None = Field(None, ge=1, description="virtual tokens of prefix or prompt (5)")
+
+    @model_validator(mode="after")
+    def _by_adapter(self) -> Self:
+        defaults = ADAPTER_DEFAULTS.get(self.adapter, {})
+        for name in ("adapter_rank", "adapter_alpha", "adapter_targets", "adapter_tokens"):
+            if name in defaults:
+                object.__setattr__(self, name, getattr(self, name) or defaults[name])
+            elif getattr(self, name):
+                takers = " or ".join(kind for kind, own in ADAPTER_DEFAULTS.items() if name in own)
+                raise ValueError(f"--{name.replace('_', '-')} is for --adapter {takers}, not for {self.adapter}")
+        if self.max_length < 2 + (self.adapter_tokens or 0):
+            raise ValueError(
+                f"--max-length {self.max_length} leaves no room beside --adapter-tokens {self.adapter_tokens}"
+            )
+        return self
 
     @field_validator("*", mode="before")
     @classmethod
@@ -204,20 +233,21 @@ class FinetuneConfig(Config):
 
     def _check_quantize(self) -> None:
         """What integer weights do not go with."""
-        if self.method in FIRST_ORDER:
+        if self.method in FIRST_ORDER and self.adapter == "none":
             raise ValueError(
-                f"--quantize is for zeroth-order methods: {self.method} needs gradients, which integers have none of"
+                f"--quantize is for zeroth-order methods: {self.method} needs gradients, which integers have none of; "
+                "with an --adapter they need none"
             )
-        if self.method in ELEMENTWISE:
+        if self.method in ELEMENTWISE and self.adapter == "none":
             raise ValueError(
                 f"--quantize is not for {self.method}, which keeps numbers for each weight: there is no memory to save"
             )
         if self.compile or self.engine == "in-place":
             raise ValueError("--quantize needs the streamed engine: leave out --compile and --engine in-place")
-        if self.save_model:
+        if self.save_model and self.adapter == "none":
             raise ValueError(
                 "--save-model cannot write quantised weights, which transformers could not load: leave out --quantize "
-                "or --save-model"
+                "or --save-model, or tune an --adapter"
             )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zotuner.adapters import adapted, adapter_of, check_tuner
 from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.evaluate import evaluate
@@ -61,11 +62,14 @@ def prepare(config: FinetuneConfig) -> Setup:
     task = get_task(config.task, config.data_dir)
     tuner = Tuner.from_pretrained(config.tuner) if config.tuner is not None else None
     model, tokenizer = load_model(config.model, dtype=config.dtype)
+    model = adapted(model, config, config.model)
+    if tuner is not None:
+        check_tuner(tuner, model)
     if kind_of(model) == "masked" and not {"k_shot", "train_size"} & config.model_fields_set:
         config = config.model_copy(update={"k_shot": MASKED_K})
     splits = _splits(config, task, model, tokenizer)
     if config.quantize is not None:
-        quantize_(model, config.quantize)
+        quantize_(model, config.quantize, frozen_only=adapter_of(model) is not None)
     if config.compile:
         compile_layers(model)
     options: dict[str, Any] = {"reward": config.objective, "static": config.compile, "special_tokens": not config.chat}

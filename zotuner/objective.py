@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zotuner.adapters import virtual_tokens
 from zotuner.config import OBJECTIVES
 from zotuner.errors import ZotunerError
 from zotuner.models import kind_of, max_positions
@@ -266,7 +267,8 @@ def objective_for(
         ZotunerError: The task has no such metric, or it is none of single answers; or there is no such function.
     """
     options["kind"] = kind_of(model)
-    options["max_length"] = min(max_length, max_positions(model, tokenizer) or max_length)
+    limit = max_positions(model, tokenizer)
+    options["max_length"] = max_length if limit is None else min(max_length, limit - virtual_tokens(model))
     if reward is None:
         return Objective(task, tokenizer, **options)
     return Reward(task, tokenizer, _score(task, reward), **options)

@@ -251,7 +251,7 @@ class _Product(torch.autograd.Function):
         return out, None, None
 
 
-def quantize_(model: nn.Module, bits: int = 8) -> nn.Module:
+def quantize_(model: nn.Module, bits: int = 8, *, frozen_only: bool = False) -> nn.Module:
     """Lets `QuantizedLinear` take the place of every `nn.Linear`, one after the other, in place.
 
     Left as they are: subclasses of `nn.Linear`, and layers whose weight another kind of module holds too, as an
@@ -261,6 +261,7 @@ def quantize_(model: nn.Module, bits: int = 8) -> nn.Module:
     Args:
         model: Any module, on its device; weights of any floating dtype.
         bits: 8 or 4.
+        frozen_only: Leave trainable layers as they are, such as those of an adapter on a frozen model.
 
     Returns:
         The model (for a lone `nn.Linear`: the layer that replaces it).
@@ -281,6 +282,8 @@ def quantize_(model: nn.Module, bits: int = 8) -> nn.Module:
 
     def replaced(child: nn.Module) -> nn.Module:
         if type(child) is not nn.Linear or id(weight := child.weight) in kept:
+            return child
+        if frozen_only and weight.requires_grad:
             return child
         if id(weight) not in matrices:
             matrices[id(weight)] = QuantizedMatrix(weight, bits)

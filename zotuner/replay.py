@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zotuner import noise
+from zotuner.adapters import adapted
 from zotuner.config import ZEROTH_ORDER, FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.files import is_vacant
@@ -18,6 +19,7 @@ from zotuner.ledger import Record, read_ledger, write_ledger
 from zotuner.metrics import read_json
 from zotuner.models import known_as, load_model, save_model, weights_sha256
 from zotuner.progress import Display
+from zotuner.quantized import quantize_
 from zotuner.steppers import ZOStepper
 from zotuner.training import LEDGER
 from zotuner.tuner import Tuner
@@ -136,12 +138,16 @@ def rebuild(
     if not is_vacant(out, "model"):
         raise ZotunerError(f"{out}: expected an empty folder or a new one; choose another --out")
     stop = _stop(recorded, step)
-    if recorded.config.quantize is not None:
+    config, name = recorded.config, base or recorded.header.model
+    if config.quantize is not None and config.adapter == "none":
         raise ZotunerError(f"{recorded.path}: its weights are quantised, which transformers could not load")
     with display:
-        display.say(f"loading {base or recorded.header.model}")
-        model, tokenizer = load_model(base or recorded.header.model, dtype=recorded.config.dtype)
-        _check(recorded, "model", base or recorded.header.model, weights_sha256(model), recorded.header.weights_sha256)
+        display.say(f"loading {name}")
+        model, tokenizer = load_model(name, dtype=config.dtype)
+        model = adapted(model, config, name)
+        if config.quantize is not None:
+            quantize_(model, config.quantize, frozen_only=True)
+        _check(recorded, "model", name, weights_sha256(model), recorded.header.weights_sha256)
         stepper = ZOStepper(recorded.config, model, _tuner(recorded, tuner))
         bar = display.bar("replay", stop)
         for record in recorded.records[:stop]:

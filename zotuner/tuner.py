@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from zotuner.blocks import Block, Piece, find_blocks, moments
-from zotuner.card import card
+from zotuner.card import adapter_line, card
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 from zotuner.pertnn import FEATURES, HIDDEN, FeatureSpec, PertNNBank
@@ -56,6 +56,21 @@ class FeatureInfo(BaseModel):
         return self
 
 
+class AdapterInfo(BaseModel):
+    """The adapter whose tensors are the blocks, `zotuner.adapters`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    rank: int | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()  # names of the layers that it is in
+    tokens: int | None = None  # virtual ones
+
+    def __str__(self) -> str:
+        return adapter_line(self.model_dump())
+
+
 class TunerInfo(BaseModel):
     """Everything about a tuner but its weights: the content of `tuner.json`."""
 
@@ -68,6 +83,7 @@ class TunerInfo(BaseModel):
     granularity: Literal["block", "layer"] = "block"
     normalized: bool = True
     embedding_rows: int | None = Field(None, ge=1, le=MOST_ROWS)
+    adapter: AdapterInfo | None = None
     blocks: tuple[BlockInfo, ...] = Field(min_length=1)
     features: FeatureInfo
     tasks: tuple[str, ...] = ()
@@ -75,6 +91,12 @@ class TunerInfo(BaseModel):
     versions: dict[str, str] = {}
     license: str = "apache-2.0"
     notes: str = ""
+
+    @property
+    def made_for(self) -> str:
+        """The base model, and its adapter if it has one, for messages."""
+        model = self.base_model or "another model"
+        return model if self.adapter is None else f"{model} with the adapter {self.adapter}"
 
     @field_validator("blocks")
     @classmethod
@@ -166,7 +188,7 @@ class Tuner:
         if wrong:
             more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
             raise ZotunerError(
-                f"the tuner was made for {self.info.base_model or 'another model'} and does not fit this model: "
+                f"the tuner was made for {self.info.made_for} and does not fit this model: "
                 f"{len(wrong)} of {len(blocks)} blocks differ: {'; '.join(wrong[:SHOWN])}{more}; "
                 "use a tuner of this model's base, or meta-train one"
             )
@@ -215,7 +237,8 @@ class Tuner:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / WEIGHTS, self._packed())
-        optional = {"embedding_rows"} if self.info.embedding_rows is None else None  # older versions do not know it
+        late = ("embedding_rows", "adapter")  # older versions do not know them
+        optional = {name for name in late if getattr(self.info, name) is None}
         write_atomically(folder / DESCRIPTION, self.info.model_dump_json(indent=2, exclude=optional) + "\n")
         write_atomically(folder / CARD, card(self.info.model_dump()))
 

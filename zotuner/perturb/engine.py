@@ -26,13 +26,13 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from zotuner.blocks import Block, Piece, Weight, pieces_of, weights_of
+from zotuner.blocks import Block, Piece, Weight, named_weights, pieces_of
 from zotuner.errors import unknown
 from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
 from zotuner.perturb.field import Direction, shift
 from zotuner.perturb.lanes import arrange, can_run_side_by_side, side_by_side
 from zotuner.perturb.slot import Perturbation, Scratch, Slot, build, marked
-from zotuner.perturb.stored import slot_of
+from zotuner.perturb.stored import slots_of
 from zotuner.perturb.streamed import forward_of, has_own_forward, replaced_forwards
 from zotuner.perturb.watch import Watch
 
@@ -87,12 +87,8 @@ class Perturber:
         self._pieces: dict[Weight, tuple[tuple[int, Piece], ...]] = {}
         for number, piece in pieces_of(blocks):
             self._pieces[piece.param] = (*self._pieces.get(piece.param, ()), (number, piece))
-        self._slots = [
-            slot_of(module, name, weight, self._pieces[weight])
-            for module in model.modules()
-            for name, weight in weights_of(module).items()
-            if weight in self._pieces
-        ]
+        self._slots = slots_of(model, self._pieces)
+        self._weights = [weight for _, weight in named_weights(model)]  # frozen ones too
         self._params = [weight for weight in self._pieces if isinstance(weight, nn.Parameter)]
         compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
         in_place = compiled or engine == "in-place"
@@ -182,7 +178,7 @@ class Perturber:
         if point is None:
             return None
         before = _attributes(self._model)
-        with Watch(self._params) as watch, self._replaced():
+        with Watch(self._params) as watch, self._replaced(), _measured(self._model, watch):
             value = self._forward(closure, [point], watch=watch)[0]
         self._watched, self._widest = True, watch.widest
         if _changed(before, _attributes(self._model)):  # by a forward: threads would meet in it
@@ -210,7 +206,7 @@ class Perturber:
         """Whether two ways to one loss differ by rounding alone."""
         if not math.isfinite(single):
             return True
-        smallest = min(self._pieces, key=lambda p: p.dtype.itemsize).dtype
+        smallest = min(self._weights, key=lambda weight: weight.dtype.itemsize).dtype
         within = 5e-2 if self._half else AGREEMENT.get(smallest, 5e-2)
         return abs(stacked - single) <= within * (1 + abs(single))
 
@@ -220,7 +216,7 @@ class Perturber:
             return arrange(count, 1, 1)
         if self._half:
             return arrange(count, 1, 1 if self._branch_batch == 1 else count)
-        weights = sum(p.nbytes for p in self._pieces)
+        weights = sum(weight.nbytes for weight in self._weights)
         fit = 1 + int(weights * TOGETHER_SHARE / (LIVE * max(1, self._widest)))
         size = self._branch_batch if isinstance(self._branch_batch, int) else fit
         lanes = self._branch_threads if isinstance(self._branch_threads, int) else fit
@@ -277,12 +273,15 @@ class Perturber:
             if slot.param not in self._copied:
                 by_module.setdefault(slot.module, []).append(slot)
         forwards = [(module, forward_of(module, slots, self._current)) for module, slots in by_module.items()]
-        begin = self._model.register_forward_pre_hook(self._begin)
+        # a peft wrapper generates by its base model's forward, not by its own
+        entries = {self._model, getattr(self._model, "get_base_model", lambda: self._model)()}
+        begins = [entry.register_forward_pre_hook(self._begin) for entry in entries]
         try:
             with replaced_forwards(forwards):
                 yield
         finally:
-            begin.remove()
+            for begin in begins:
+                begin.remove()
 
     def _begin(self, *_: object) -> None:
         """The model starts on a batch; a closure may run it on several, which differ in size."""
@@ -337,6 +336,15 @@ class _Walker:
         ]
         self._at = None
         shift(self._blocks, draw, home)
+
+
+@contextmanager
+def _measured(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Lets a watch see what every module puts out, perturbed or not."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_hook(lambda _, __, output: watch.measure(output)).remove)
+        yield
 
 
 Attributes = dict[nn.Module, dict[str, object]]

@@ -64,14 +64,18 @@ class Scratch:
         self._pool += buffers
 
 
+CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward: the module that has them reads their parameters
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A parameter as one module holds it."""
+    """A parameter as one module holds it, itself or in a container of parameters."""
 
     module: nn.Module
     name: str
     param: nn.Parameter
     pieces: tuple[tuple[int, Piece], ...]  # (block's number, its part of the parameter)
+    container: str | None = None  # its name in the module
 
     @property
     def linear(self) -> bool:
@@ -103,12 +107,15 @@ class Slot:
         taken = scratch.take(self.param.numel(), self.param)
         perturbed = taken[: self.param.numel()].view(self.param.shape)
         build(self, point, perturbed)
-        holder._parameters[self.name] = perturbed  # type: ignore[assignment]
+        self._keeper(holder)._parameters[self.name] = perturbed  # type: ignore[assignment]
         return [taken]
 
     def release(self, holder: nn.Module) -> None:
         """And at theta again."""
-        holder._parameters[self.name] = self.param
+        self._keeper(holder)._parameters[self.name] = self.param
+
+    def _keeper(self, holder: nn.Module) -> nn.Module:
+        return holder if self.container is None else holder._modules[self.container]  # type: ignore[return-value]
 
 
 def build(slot: Slot, point: Perturbation, out: Tensor) -> None:

@@ -1,13 +1,13 @@
 """Slots that hold a quantised matrix: its rows are dequantised, perturbed, used and forgotten, chunk by chunk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from zotuner.blocks import Piece, Weight
-from zotuner.perturb.slot import Perturbation, Scratch, Slot
+from zotuner.blocks import Piece, Weight, weights_of
+from zotuner.perturb.slot import CONTAINERS, Perturbation, Scratch, Slot
 from zotuner.quantized import QuantizedLinear, QuantizedMatrix, QuantizedPiece
 
 
@@ -49,8 +49,19 @@ class StoredSlot(Slot):
         holder.perturb = None  # type: ignore[assignment]
 
 
-def slot_of(module: nn.Module, name: str, weight: Weight, pieces: tuple[tuple[int, Piece], ...]) -> Slot:
-    """The slot of a weight of either kind."""
-    if isinstance(weight, nn.Parameter):
-        return Slot(module, name, weight, pieces)
-    return StoredSlot(module, name, weight, pieces)  # type: ignore[arg-type]
+def slots_of(model: nn.Module, pieces: Mapping[Weight, tuple[tuple[int, Piece], ...]]) -> list[Slot]:
+    """Where a model's modules hold the weights that are cut into pieces, of either kind."""
+    held: list[tuple[nn.Module, str, Weight, str | None]] = []
+    for module in model.modules():
+        if not isinstance(module, CONTAINERS):
+            held += [(module, name, weight, None) for name, weight in weights_of(module).items()]
+            for child, container in module.named_children():
+                if isinstance(container, CONTAINERS):
+                    held += [(module, name, weight, child) for name, weight in weights_of(container).items()]
+    return [
+        Slot(module, name, weight, pieces[weight], container)
+        if isinstance(weight, nn.Parameter)
+        else StoredSlot(module, name, weight, pieces[weight])  # type: ignore[arg-type]
+        for module, name, weight, container in held
+        if weight in pieces
+    ]

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zotuner.perturb import half
 from zotuner.perturb.draw import Draw
 from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
-from zotuner.perturb.slot import Perturbation, Scratch, Slot, build, marked
+from zotuner.perturb.slot import CONTAINERS, Perturbation, Scratch, Slot, build, marked
 
 ABSENT = object()
 
@@ -28,7 +28,7 @@ ABSENT = object()
 def forward_of(module: nn.Module, slots: Sequence[Slot], current: Current) -> Callable[..., Any]:
     """The module's forward at the points of the evaluation that the calling thread is in."""
     original = module.forward
-    by_name = {slot.name: slot for slot in slots}
+    by_name = {slot.name: slot for slot in slots if slot.container is None}
     weight, bias = by_name.get("weight"), by_name.get("bias")
     if weight is not None and (len(weight.pieces) > 1 or has_own_forward(module)):
         weight = None
@@ -42,19 +42,13 @@ def forward_of(module: nn.Module, slots: Sequence[Slot], current: Current) -> Ca
             return original(*args, **kwargs)
         if table is not None or (linear is not None and _by_rows(evaluation, args, kwargs)):
             with evaluation.own():
-                out: Any = (
-                    _linear(module, linear, bias, evaluation, *args)
-                    if linear is not None
-                    else _embedding(table, evaluation, *args, **kwargs)
-                )
-        elif twinned:
-            with _twin(module) as twin:
-                out = _each(slots, evaluation, twin, partial(type(module).forward, twin), args, kwargs)
-        else:
-            out = _each(slots, evaluation, module, original, args, kwargs)
-        if evaluation.watch is not None:
-            evaluation.watch.measure(out)
-        return out
+                if linear is not None:
+                    return _linear(module, linear, bias, evaluation, *args)
+                return _embedding(table, evaluation, *args, **kwargs)
+        if not twinned:
+            return _each(slots, evaluation, module, original, args, kwargs)
+        with _twin(module) as twin:
+            return _each(slots, evaluation, twin, partial(type(module).forward, twin), args, kwargs)
 
     return forward
 
@@ -68,13 +62,23 @@ def has_own_forward(module: nn.Module) -> bool:
 def _twin(module: nn.Module) -> Iterator[nn.Module]:
     """Another object with the module's state, to hold other parameters; what its forward sets is the module's, too."""
     twin = type(module).__new__(type(module))
-    before = {**module.__dict__, "_parameters": dict(module._parameters)}
+    before = {**module.__dict__, **_own_parameters(module)}
     del before["forward"]
     twin.__dict__.update(before)
     yield twin
     for name, value in twin.__dict__.items():
         if before.get(name, ABSENT) is not value:
             module.__dict__[name] = value
+
+
+def _own_parameters(module: nn.Module) -> dict[str, Any]:
+    """What a twin has for itself: names for its parameters, and containers with names for theirs."""
+    children = dict(module._modules)
+    for name, child in children.items():
+        if isinstance(child, CONTAINERS):
+            children[name] = own = type(child).__new__(type(child))
+            own.__dict__.update({**child.__dict__, "_parameters": dict(child._parameters)})
+    return {"_parameters": dict(module._parameters), "_modules": children}
 
 
 def _by_rows(evaluation: Evaluation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         seen: Those that were used.
-        widest: Bytes of the largest tensor that a perturbed forward returned.
+        widest: Bytes of the largest tensor that `measure` was shown.
     """
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from zotuner.adapters import virtual_tokens
 from zotuner.batch import Candidate, Ids, common
 from zotuner.models import accepts
 
@@ -39,7 +40,7 @@ def computed(model: Any, candidates: Sequence[Candidate], within: float) -> Pref
         candidates: Of two examples or more.
         within: Tokens that the model's attention reaches.
     """
-    if not accepts(model)("past_key_values") or len({one.example for one in candidates}) < 2:
+    if not accepts(model)("past_key_values") or virtual_tokens(model) or len({one.example for one in candidates}) < 2:
         return None
     # each path keeps the tokens that predict its target, at least one
     most = min(len(one.path) - len(one.target) for one in candidates)
