@@ -524,3 +524,16 @@ def test_whatever_is_done_to_a_ledger_it_is_read_or_refused_in_one_line(ledger_p
     assert set(records) <= set(RECORDS)
     assert str(ledger_path) in refusal
     assert "\n" not in refusal
+
+
+def test_what_was_built_aside_can_be_read_by_others(tmp_path: Path) -> None:
+    with built_aside(tmp_path / "model") as aside:
+        (aside / "deep").mkdir(mode=0o700)
+        (aside / "deep" / "weights").touch(mode=0o600)
+    assert [
+        oct((tmp_path / name).stat().st_mode & 0o777) for name in ("model", "model/deep", "model/deep/weights")
+    ] == [
+        "0o755",
+        "0o755",
+        "0o644",
+    ]

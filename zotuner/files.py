@@ -49,8 +49,8 @@ def built_aside(target: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         yield aside
-        aside.chmod(0o755)
         for path in [*aside.rglob("*"), aside]:
+            path.chmod(0o755 if path.is_dir() else 0o644)  # some libraries write files for their owner alone
             sync(path)
         if target.exists():
             shutil.rmtree(target)
