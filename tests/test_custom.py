@@ -586,7 +586,7 @@ def test_what_cannot_be_shown_is_one_line(words: list[str], capsys: pytest.Captu
     assert_one_error_line(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("file", ["reviews.yaml", "reviews.py", "rewards.py", "gru.py"])
+@pytest.mark.parametrize("file", ["reviews.yaml", "reviews.py", "signed.py", "rewards.py", "gru.py"])
 def test_the_document_shows_the_very_files_that_are_tested(file: str) -> None:
     blocks = re.findall(r"```(?:yaml|python)\n(.*?)   ```", ADDING.read_text(), re.S)
     shown = [re.sub(r"^   ", "", block, flags=re.M) for block in blocks]

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +45,8 @@ def tuner_of(model: nn.Module) -> Tuner:
     return Tuner.for_model(model, "abs", seed=5)
 
 
+OWN = Path(__file__).parent / "own" / "signed.py"  # of docs/adding.md
+
 METHODS: dict[str, Make] = {
     "mezo": lambda m: MeZO(m, lr=LR, eps=EPS, seed=SEED),
     "mezo rademacher": lambda m: MeZO(m, lr=LR, eps=EPS, noise="rademacher", seed=SEED),
@@ -71,6 +75,7 @@ METHODS |= {
     "zo-finetuner momentum": lambda m: ZOFineTuner(
         m, tuner_of(m), lr=LR / 10, eps=EPS, seed=SEED, update=Momentum(0.9)
     ),
+    "one's own": lambda m: runpy.run_path(str(OWN))["SignedMeZO"](m, lr=LR, eps=EPS, seed=SEED),
 }
 
 
