@@ -31,7 +31,7 @@ ZEROTH_ORDER = ("mezo", "fzoo", "zo-finetuner")
 STEPS = 3
 TOO_LARGE = 5e37  # a learning rate that overflows the weights at the first step
 FORWARDS = {"mezo": 6, "zo-finetuner": 6, "fzoo": 9, "adam": 3, "none": 0}  # of 3 steps; fzoo with 2 perturbations
-COMMANDS = ("finetune", "meta-train", "replay", "export", "apply", "report", "log", "demo", "tasks", "tuner")
+COMMANDS = ("finetune", "meta-train", "replay", "export", "apply", "report", "log", "compare", "demo", "tasks", "tuner")
 
 METRICS_KEYS = {"step", "forwards", "tokens", "seconds", "loss", "lr", "coefficients"}
 SUMMARY_KEYS = {

@@ -16,7 +16,7 @@ LAYERS = [
     ["tuner", "optim", "tasks", "virtual", "adapters", "models", "snapshot", "ledger", "published"],
     ["prompting", "batch", "scoring", "objective", "evaluate", "progress"],
     ["trajectory", "steppers", "training", "finetune", "replay", "meta", "meta_train"],
-    ["report", "log", "bench", "demo", "preview", "cli", "__main__"],
+    ["report", "log", "compare", "bench", "demo", "preview", "cli", "__main__"],
 ]
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 EVERYWHERE = {"__init__"}  # asked for the version alone

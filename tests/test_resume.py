@@ -135,6 +135,43 @@ def test_a_signal_ends_an_evaluation_too(model_dir: Path, tmp_path: Path) -> Non
     assert "before the first step" in done.stderr
 
 
+@pytest.mark.parametrize("place", [3, 5], ids=["within the run", "the last one"])
+def test_an_evaluation_that_a_signal_ended_is_made_when_the_run_goes_on(
+    whole: Callable[[str], Path], model_dir: Path, tuner_dir: Path, tmp_path: Path, place: int
+) -> None:
+    out = tmp_path / "out"
+    argv = argv_of(quick(model_dir, out, **options_of("mezo", tuner_dir)))
+    done = killed(("finetune", "module", "evaluate", place, True), ["finetune", *argv], by="SIGTERM")
+    assert done.returncode == 143
+    assert call("finetune", "--resume", out) == 0
+    assert_the_same_run(whole("mezo"), out)
+
+
+def test_a_budget_of_tokens_ends_a_run_after_the_step_that_reaches_it(
+    whole: Callable[[str], Path], model_dir: Path, tuner_dir: Path, tmp_path: Path
+) -> None:
+    out, steps = tmp_path / "out", 6
+    rows = read_rows(whole("mezo") / "metrics.jsonl")
+    argv = argv_of(quick(model_dir, out, **options_of("mezo", tuner_dir), max_tokens=rows[steps - 1]["tokens"] - 1))
+    assert killed(("training", "module.Ledger", "write", 4, False), ["finetune", *argv]).returncode < 0
+    assert call("finetune", "--resume", out) == 0
+    assert timeless(read_rows(out / "metrics.jsonl")) == timeless(rows[:steps])
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["dev"]["last"]["loss"]) == (steps, read_rows(out / "evals.jsonl")[-1]["loss"])
+    assert [row["step"] for row in read_rows(out / "evals.jsonl")] == [0, 4, steps]
+
+
+def test_a_run_whose_seconds_are_used_up_takes_no_step_when_it_goes_on(model_dir: Path, tmp_path: Path) -> None:
+    out, limit = tmp_path / "out", 0.03
+    argv = argv_of(quick(model_dir, out, steps=10_000, eval_every=10_000, max_seconds=limit))
+    assert killed(("finetune", "module", "restore_weights", 1, True), ["finetune", *argv]).returncode < 0
+    seconds = [row["seconds"] for row in read_rows(out / "metrics.jsonl")]
+    assert seconds[-1] >= limit
+    assert all(before < limit for before in seconds[:-1])
+    assert call("finetune", "--resume", out) == 0
+    assert [row["seconds"] for row in read_rows(out / "metrics.jsonl")] == seconds
+
+
 @contextmanager
 def going_on(argv: list[str], out: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A run in a process of its own that has taken three steps, and is killed in the end."""

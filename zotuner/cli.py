@@ -15,7 +15,7 @@ from zotuner.errors import Interrupted, ZotunerError
 
 C = TypeVar("C", bound=Config)
 
-EXIT_BAD_INPUT, EXIT_SIGNAL, EXIT_INTERRUPTED = 2, 128, 130
+EXIT_SOME_FAILED, EXIT_BAD_INPUT, EXIT_SIGNAL, EXIT_INTERRUPTED = 1, 2, 128, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,12 +26,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for bad input, 128 + the signal's number where one ended it."""
+    """Runs a command; returns its exit code.
+
+    0; 1 where some of many runs failed; 2 for bad input; 128 + the signal's number where one ended it.
+    """
     # torch's and numba's idle threads would spin against each other, and against whatever else the machine does
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return int(arguments.run(arguments) or 0)
     except ZotunerError as error:
         print(f"zotuner: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -41,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zotuner: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for the runs (%(default)s)")
     demo.add_argument("--tuner", type=Path, default=Path("tuners/smollm2-135m-instruct"), help="(%(default)s)")
     demo.add_argument("--forwards", type=_count, default=54, help="forward passes a method (%(default)s)")
+    _add_compare_options(add("compare", _compare, "compare methods over tasks, learning rates and seeds, and report"))
     _add_bench_options(add("bench", _bench, "measure what a step of each method costs"))
     tasks = add("tasks", _tasks, "list the tasks, or show one")
     tasks.add_argument("task", nargs="?", metavar="TASK", help="name, or file of a task of your own")
@@ -109,6 +112,19 @@ def _add_import_options(parser: argparse.ArgumentParser) -> None:
     rows = "rows of an embedding table that the normalisation counts; the published code: 15 x batch size (all)"
     parser.add_argument("--embedding-rows", type=_count, metavar="N", help=rows)
     parser.add_argument("--overwrite", action="store_true", help="replace a tuner in --out (off)")
+
+
+def _add_compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="YAML: tasks, methods, seeds, budget (docs/compare.md)")
+    out = "folder for runs and results; an earlier one is gone on with (required)"
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=out)
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at once, sharing cores (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, metavar="D", help="read D/<task>/{train,validation,test}.jsonl")
+    only = parser.add_mutually_exclusive_group()
+    text = "show the runs, what is done and what remains; make none"
+    only.add_argument("--list", "--dry-run", dest="only", action="store_const", const="list", help=text)
+    text = "write the results of what is done; make no run"
+    only.add_argument("--report-only", dest="only", action="store_const", const="report", help=text)
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -269,6 +285,14 @@ def _demo(arguments: argparse.Namespace) -> None:
     from zotuner.demo import demo
 
     demo(arguments.out, arguments.tuner, arguments.forwards)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from zotuner.compare import compare
+    from zotuner.progress import Display
+
+    options = {name: value for name, value in vars(arguments).items() if name != "run"}
+    return 0 if compare(display=Display(), **options) else EXIT_SOME_FAILED
 
 
 def _bench(arguments: argparse.Namespace) -> None:

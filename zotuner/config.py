@@ -160,6 +160,10 @@ class FinetuneConfig(Config):
     branch_threads: int | Literal["auto"] = Field(
         "auto", description="such forwards that run at the same time, each with its share of the cores; auto: likewise"
     )
+    max_tokens: int | None = Field(None, ge=1, description="stop after the step that reaches so many; or after --steps")
+    max_seconds: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="likewise, of the steps alone; evaluations do not count"
+    )
     quantize: Literal[4, 8] | None = Field(
         None, description="bits of the linear layers' weights while they are tuned: 8 or 4; not for every method"
     )

@@ -121,10 +121,26 @@ def has_writer(out: Path) -> bool | None:
     """Whether a process writes to the folder of a run; None where that is a matter of another machine."""
     try:
         pid, host = (out / OWNER).read_text(encoding="utf-8").split()
-        return psutil.pid_exists(int(pid)) if host == socket.gethostname() else None
+        return _lives(int(pid)) if host == socket.gethostname() else None
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
+        return None
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs; one that ended but that nobody waited for, as in a container without init, does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def writer(out: Path) -> int | None:
+    """The process of this machine that writes to the folder of a run; None where there is none."""
+    try:
+        return int((out / OWNER).read_text(encoding="utf-8").split()[0]) if has_writer(out) else None
+    except (OSError, ValueError):  # it has just ended
         return None
 
 

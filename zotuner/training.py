@@ -39,6 +39,7 @@ from zotuner.tuner import Tuner, versions
 
 BEST = "best.safetensors"  # the best weights so far, for the time of a run
 LEDGER, METRICS, EVALS, SCALES = "ledger.bin", "metrics.jsonl", "evals.jsonl", "scales.jsonl"
+SECONDS_DIGITS = 4  # that rows keep
 SCALES_ROWS = 100  # about so many of a run's steps leave their scales
 
 Evaluated = Callable[[Sequence[Example], str, str], dict[str, float]]  # (examples, title, how far) -> loss, metrics
@@ -136,7 +137,10 @@ class Training:
             self._metrics = stack.enter_context(MetricsLog(config.out / METRICS))
             try:
                 self._dev.begin()
+                self._evaluate_if_due()  # whoever was stopped in an evaluation has its step, but not its row
                 for batch in islice(examples, self.totals.steps, config.steps):
+                    if self._spent():
+                        break
                     taken = self._step(self._batches(batch))
                     bar.advance(status=self._status(taken))
                     self._after_step()
@@ -184,7 +188,7 @@ class Training:
                 step=number,
                 forwards=self.totals.forwards,
                 tokens=self.totals.tokens,
-                seconds=round(self.totals.seconds, 4),
+                seconds=round(self.totals.seconds, SECONDS_DIGITS),
                 loss=taken.loss,
                 lr=taken.lr,
                 coefficients=taken.coefficients,
@@ -207,13 +211,24 @@ class Training:
     def _after_step(self) -> None:
         """What is due after a step: an evaluation, a snapshot, the end."""
         step = self.totals.steps
-        if step % self._eval_every == 0 or step == self._config.steps:
-            self._dev.evaluate()
+        self._evaluate_if_due()
         due = step % self._save_every == 0 and step < self._config.steps and step > len(self._records)
         if self._requests.snapshot_wanted() or due:
             self._snapshot()
         self._requests.check(
             f"after step {step} of {self._config.steps}", f"zotuner finetune --resume {self._config.out}"
+        )
+
+    def _evaluate_if_due(self) -> None:
+        step = self.totals.steps
+        if step and (step % self._eval_every == 0 or step == self._config.steps or self._spent()):
+            self._dev.evaluate()
+
+    def _spent(self) -> bool:
+        """Whether the tokens or seconds are used up; told by what the rows hold, so that a resumed run agrees."""
+        config, totals = self._config, self.totals
+        return (config.max_tokens is not None and totals.tokens >= config.max_tokens) or (
+            config.max_seconds is not None and round(totals.seconds, SECONDS_DIGITS) >= config.max_seconds
         )
 
     def _snapshot(self) -> None:
@@ -334,7 +349,8 @@ class _Dev:
     def _write(self, step: int, came: dict[str, float]) -> None:
         totals = self._totals
         with MetricsLog(self._config.out / EVALS) as evals:
-            evals.write(step=step, forwards=totals.forwards, seconds=round(totals.seconds, 4), **came)
+            spent = {"forwards": totals.forwards, "tokens": totals.tokens}
+            evals.write(step=step, **spent, seconds=round(totals.seconds, SECONDS_DIGITS), **came)
 
 
 def header_of(config: FinetuneConfig, setup: Loaded, losses: int) -> dict[str, Any]:

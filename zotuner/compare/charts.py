@@ -1,0 +1,107 @@
+"""Charts of one task as SVG to stand within a page: no outside reference, and the page's own colour for text."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zotuner.compare.figures import Row
+from zotuner.compare.spec import Unit
+from zotuner.compare.state import Point
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Told apart by those who see few colours, on white and on black (Okabe and Ito 2008)
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8c8c8c")
+INK = "#010203"  # drawn with, and then replaced by the page's text colour
+DRAWN_IN_INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+HEADROOM = 0.25  # of the fall of the loss: what is shown above the start; runs that diverge leave the chart
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+
+
+def task_chart(rows: Sequence[Row], colors: Mapping[str, str], unit: Unit) -> str:
+    """Loss on dev against what it cost (mean and band of a standard deviation over seeds), and against the lr."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = dict.fromkeys(DRAWN_IN_INK, INK)
+    style |= {"svg.fonttype": "none", "svg.hashsalt": rows[0].task, "axes.facecolor": "none"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(10.5, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        drawn = [row for row in rows if any(len(curve) > 1 for curve in row.curves.values())]
+        _draw_curves(left, drawn, colors, unit)
+        _draw_grids(right, rows, colors)
+        start = [curve[0].loss for row in drawn for curve in row.curves.values()]
+        low = [point.loss for row in drawn for curve in row.curves.values() for point in curve]
+        _limit(left, low, start)
+        _limit(right, [tried.dev.mean for row in rows for tried in row.tried if tried.dev], start)
+        if drawn:
+            handles, labels = left.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+        return _svg(figure)
+
+
+def mean_curve(curves: Sequence[Sequence[Point]], unit: Unit) -> Curve:
+    """Where any of them was evaluated, as far as all go: place, mean and standard deviation (0 for one curve)."""
+    xs = [np.array([getattr(point, unit) for point in curve], float) for curve in curves]
+    ys = [np.array([point.loss for point in curve], float) for curve in curves]
+    places = np.unique(np.concatenate(xs))
+    places = places[places <= min(x[-1] for x in xs)]
+    values = np.stack([np.interp(places, x, y) for x, y in zip(xs, ys, strict=True)])
+    std = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(places)
+    return places, values.mean(axis=0), std
+
+
+def _draw_curves(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str], unit: Unit) -> None:
+    for row in rows:
+        x, mean, std = mean_curve([curve for curve in row.curves.values() if len(curve) > 1], unit)
+        label = row.method if row.lr is None else f"{row.method}, lr {row.lr:g}"
+        axes.plot(x, mean, "o-", ms=3, color=colors[row.method], label=label)
+        if len(row.curves) > 1:
+            axes.fill_between(x, mean - std, mean + std, color=colors[row.method], alpha=0.2, linewidth=0)
+    axes.set(xlabel=unit, ylabel="dev loss", title="the chosen lr of each method")
+    axes.grid(alpha=0.3)
+
+
+def _draw_grids(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str]) -> None:
+    """The best loss on dev of each lr, a star on the chosen one; crosses at the top are lrs that failed."""
+    for row in rows:
+        known = [(tried.lr, tried.dev) for tried in row.tried if tried.lr is not None and tried.dev is not None]
+        color = colors[row.method]
+        x, y = [lr for lr, _ in known], [dev.mean for _, dev in known]
+        axes.errorbar(x, y, [dev.std or 0.0 for _, dev in known], fmt="o-", ms=4, color=color, capsize=2)
+        chosen = [(lr, dev.mean) for lr, dev in known if lr == row.lr]
+        if chosen:
+            axes.plot(*zip(*chosen, strict=True), "*", ms=14, color=color, clip_on=False)
+        failed = [tried.lr for tried in row.tried if tried.failed and tried.lr is not None]
+        if failed:
+            axes.plot(failed, [0.97] * len(failed), "x", color=color, transform=axes.get_xaxis_transform())
+    if axes.lines:
+        axes.set_xscale("log")
+    axes.set(xlabel="lr", ylabel="best dev loss", title="each lr of the grids")
+    axes.grid(alpha=0.3)
+
+
+def _limit(axes: "Axes", values: Sequence[float], start: Sequence[float]) -> None:
+    """Cuts the chart a little above the loss that all started from."""
+    known = [value for value in values if np.isfinite(value)]
+    if known and start and min(known) < max(start):
+        fall = max(start) - min(known)
+        axes.set_ylim(min(known) - 0.08 * fall, min(axes.get_ylim()[1], max(start) + HEADROOM * fall))
+
+
+def _svg(figure: "Figure") -> str:
+    """Only the drawing: without the prolog, its metadata and its name spaces, which HTML does not need."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    return text.replace(INK, "currentColor")

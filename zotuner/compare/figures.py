@@ -1,0 +1,263 @@
+"""From runs to the figures of the table: which lr, what it gave, how soon it was as good as the baseline.
+
+statuses  ->  a Row for each task and method  ->  a Standing for each method over the tasks
+
+What a run delivers is its best evaluation on dev; that loss chooses the lr, and is what others have to reach.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Literal
+
+from zotuner.compare.spec import Comparison, Unit
+from zotuner.compare.state import Point, Status
+
+Edge = Literal["", "lowest", "highest", "only"]
+SHARES = ("accuracy", "em")  # metrics that are a share of the examples
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over seeds: their mean, their standard deviation (n - 1; None for one seed), how many.
+
+    `error`: standard error of one run's value over its n test examples, sqrt(p (1 - p) / n), of a share p.
+    """
+
+    mean: float
+    std: float | None
+    count: int
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What one lr of a grid gave on dev: over its finished seeds, and how many seeds failed."""
+
+    lr: float | None
+    dev: Spread | None
+    failed: int
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Shares of the budget to the baseline's loss on dev; `at_least`: a seed never came there, and counts as 1."""
+
+    share: float
+    at_least: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task, at its chosen lr.
+
+    Attributes:
+        edge: Where in its grid that lies, if not inside.
+        tried: The whole grid, in order.
+        seeds: That are done at the chosen lr.
+        dev, test: Losses.
+        metrics: On the test examples; the first one is the task's main one.
+        reach: None for the baseline's own runs that never improved, and where nothing can be compared.
+        speedup: The baseline's own shares over this method's; `reach.at_least` makes it an upper bound.
+        peak_bytes: Most memory of a run; None before one is done.
+        seconds: Of the steps of a run.
+        curves: Evaluations on dev of each seed.
+    """
+
+    task: str
+    method: str
+    lr: float | None = None
+    edge: Edge = ""
+    tried: tuple[Tried, ...] = ()
+    seeds: tuple[int, ...] = ()
+    dev: Spread | None = None
+    test: Spread | None = None
+    metrics: Mapping[str, Spread] = field(default_factory=dict)
+    reach: Reach | None = None
+    speedup: float | None = None
+    peak_bytes: int | None = None
+    seconds: float | None = None
+    curves: Mapping[int, tuple[Point, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One method against the baseline, over the tasks where both have a figure.
+
+    Attributes:
+        tasks: How many.
+        loss_wins, metric_wins: Where its mean on test is better.
+        speedup: Geometric mean; None where there is none.
+        at_most: Whether that is an upper bound, since some run never reached the baseline's loss.
+    """
+
+    method: str
+    tasks: int
+    loss_wins: int
+    metric_wins: int
+    speedup: float | None
+    at_most: bool
+
+
+def rows_of(spec: Comparison, statuses: Sequence[Status]) -> list[Row]:
+    """A row for each task and method, in the order of the file."""
+    rows = []
+    for task in spec.tasks:
+        cells = {
+            method: [s for s in statuses if (s.planned.task, s.planned.method) == (task.task, method)]
+            for method in spec.methods
+        }
+        chosen = {method: _choose(cell) for method, cell in cells.items()}
+        base = _at(cells[spec.baseline], chosen[spec.baseline])
+        rows += [_row(task.task, method, cell, chosen[method], base, spec) for method, cell in cells.items()]
+    return rows
+
+
+def standings_of(spec: Comparison, rows: Sequence[Row]) -> list[Standing]:
+    """All methods but the baseline."""
+    by = {(row.task, row.method): row for row in rows}
+    return [_standing(method, spec, by) for method in spec.methods if method != spec.baseline]
+
+
+def first_reach(curve: Sequence[Point], target: float, unit: Unit) -> float | None:
+    """What it had cost when a curve first came down to a loss; linear between evaluations. None: it never did."""
+    for number, point in enumerate(curve):
+        if not point.loss <= target:
+            continue
+        at, before = float(getattr(point, unit)), curve[number - 1]
+        if number == 0 or not math.isfinite(before.loss):
+            return at
+        start = float(getattr(before, unit))
+        return start + (at - start) * (before.loss - target) / (before.loss - point.loss)
+    return None
+
+
+def _choose(cell: Sequence[Status]) -> float | None:
+    """The lr with the lowest mean loss on dev, over those seeds that every lr with an outcome has; a failure is inf."""
+    known: dict[float | None, dict[int, float]] = {}
+    for status in cell:
+        if status.state in ("done", "failed"):
+            loss = status.best if status.state == "done" else math.inf
+            known.setdefault(status.planned.lr, {})[status.planned.seed] = _or_inf(loss)
+    done = {status.planned.lr for status in cell if status.state == "done"}
+    shared = set.intersection(*(set(losses) for losses in known.values())) if known else set()
+    means = {
+        lr: fmean([loss for seed, loss in losses.items() if not shared or seed in shared])
+        for lr, losses in known.items()
+        if lr in done
+    }
+    return min(means, key=lambda lr: (means[lr], lr or 0.0), default=None)
+
+
+def _or_inf(loss: float | None) -> float:
+    return math.inf if loss is None or not math.isfinite(loss) else loss
+
+
+def _at(cell: Sequence[Status], lr: float | None) -> dict[int, Status]:
+    """The finished runs of an lr, by seed."""
+    return {s.planned.seed: s for s in cell if s.planned.lr == lr and s.state == "done"}
+
+
+def _row(
+    task: str, method: str, cell: Sequence[Status], lr: float | None, base: Mapping[int, Status], spec: Comparison
+) -> Row:
+    grid = sorted({s.planned.lr for s in cell}, key=lambda value: value or 0.0)
+    tried = tuple(
+        Tried(
+            value,
+            spread([s.best for s in _at(cell, value).values() if s.best is not None]),
+            sum(s.state == "failed" and s.planned.lr == value for s in cell),
+        )
+        for value in grid
+    )
+    mine = _at(cell, lr)
+    if not mine:
+        return Row(task, method, tried=tried)
+    summaries = [status.summary for status in mine.values()]
+    names = [name for name in summaries[0]["final"] if name != "loss"]
+    examples = min(summary["examples"]["test"] for summary in summaries)
+    reach, speedup = _reach(mine, base, spec)
+    return Row(
+        task,
+        method,
+        lr,
+        _edge(lr, tried),
+        tried,
+        tuple(sorted(mine)),
+        spread([status.best for status in mine.values() if status.best is not None]),
+        spread([_or_nan(summary["final"]["loss"]) for summary in summaries]),
+        {name: _metric(name, [_or_nan(s["final"][name]) for s in summaries], examples) for name in names},
+        reach,
+        speedup,
+        max(summary["peak_rss_bytes"] for summary in summaries),
+        fmean(summary["seconds"] for summary in summaries),
+        {seed: mine[seed].curve for seed in sorted(mine)},
+    )
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Mean and standard deviation; None for no value."""
+    if not values:
+        return None
+    finite = all(map(math.isfinite, values))
+    std = (stdev(values) if finite else math.nan) if len(values) > 1 else None
+    return Spread(fmean(values) if finite else math.nan, std, len(values))
+
+
+def _metric(name: str, values: Sequence[float], examples: int) -> Spread:
+    found = spread(values)
+    assert found is not None
+    error = math.sqrt(found.mean * (1 - found.mean) / examples) if name in SHARES else None
+    return Spread(found.mean, found.std, found.count, error)
+
+
+def _edge(lr: float | None, tried: Sequence[Tried]) -> Edge:
+    """Where in its grid an lr lies; nothing is said before each lr has an outcome."""
+    if lr is None or not all(other.dev or other.failed for other in tried):
+        return ""
+    if len(tried) == 1:
+        return "only"
+    return "lowest" if lr == tried[0].lr else "highest" if lr == tried[-1].lr else ""
+
+
+def _reach(
+    mine: Mapping[int, Status], base: Mapping[int, Status], spec: Comparison
+) -> tuple[Reach | None, float | None]:
+    """Seed by seed, since a seed draws its own dev examples; seeds where the baseline did not improve are left out."""
+    ours, theirs = [], []
+    for seed in sorted(set(mine) & set(base)):
+        target, curve = base[seed].best, base[seed].curve
+        if target is None or not curve or not mine[seed].curve or not target < curve[0].loss:
+            continue
+        ours.append(first_reach(mine[seed].curve, target, spec.budget.unit))
+        theirs.append(first_reach(curve, target, spec.budget.unit) or spec.budget.amount)
+    if not ours:
+        return None, None
+    spent = fmean([spec.budget.amount if cost is None else cost for cost in ours])
+    speedup = fmean(theirs) / spent if spent else None
+    return Reach(spent / spec.budget.amount, None in ours), speedup
+
+
+def _standing(method: str, spec: Comparison, by: Mapping[tuple[str, str], Row]) -> Standing:
+    pairs = [(by[task.task, method], by[task.task, spec.baseline]) for task in spec.tasks]
+    pairs = [(mine, base) for mine, base in pairs if mine.test and base.test]
+    factors = [(mine.speedup, mine.reach) for mine, _ in pairs if mine.speedup and mine.reach]
+    logs = [math.log(factor) for factor, _ in factors]
+    return Standing(
+        method,
+        len(pairs),
+        sum(mine.test.mean < base.test.mean for mine, base in pairs if mine.test and base.test),
+        sum(_main(mine) > _main(base) for mine, base in pairs),
+        math.exp(fmean(logs)) if logs else None,
+        any(reach.at_least for _, reach in factors),
+    )
+
+
+def _main(row: Row) -> float:
+    """The task's main metric."""
+    return next(iter(row.metrics.values())).mean if row.metrics else math.nan
