@@ -10,7 +10,7 @@ from typing import IO, Any, Self
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 
-COUNTS = ("step", "forwards", "seconds")  # of a row of evals.jsonl; what else it holds are the loss and metrics
+COUNTS = ("step", "forwards", "tokens", "seconds")  # of a row of evals.jsonl; the rest are the loss and metrics
 
 
 def jsonable(value: Any) -> Any:
