@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from hub_server import HubServer
     from transformers import PreTrainedTokenizerFast
 
 # Waiting threads that spin make tiny models a hundred times slower when other programs keep the cores busy. OpenMP
@@ -100,3 +101,20 @@ def whole(model_dir: Path, tuner_dir: Path, tmp_path_factory: pytest.TempPathFac
         return out
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A running server, with this process's client pointed at it."""
+    from hub_server import HubServer
+    from huggingface_hub import constants
+
+    with HubServer(tmp_path / "hub") as server:
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server

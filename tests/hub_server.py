@@ -176,6 +176,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {url.path}")
         self.status, self.extra = 200, dict[str, str]()
         try:
+            for repo_id, refusal in self.server.refused.items():
+                if f"/{repo_id}/" in f"{url.path}/":
+                    raise HubError(*refusal)
             with self.server.store.lock:
                 answer = self._answer(parts, body)
         except HubError as error:
@@ -214,6 +217,14 @@ class Handler(BaseHTTPRequestHandler):
                 raise HubError(404, "", f"The test server has no answer to {self.command} {self.path}")
         return answer
 
+    def _create_branch(self, start: Commit, folder: Path) -> Json:
+        self.status = 409 if folder.exists() else 200
+        if self.status == 200:
+            for name, blob in start.files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(blob.data)
+        return {}
+
     def _repo_api(self, kind: str, repo_id: str, rest: list[str], body: bytes) -> Any:
         store, query = self.server.store, urlsplit(self.path).query
         match (self.command, rest):
@@ -226,6 +237,8 @@ class Handler(BaseHTTPRequestHandler):
                 return [e for e in store.commit(kind, repo_id, revision).tree() if e["path"] in wanted]
             case ("POST", ["preupload", revision]):
                 return self._preupload(store.commit(kind, repo_id, revision), json.loads(body)["files"])
+            case ("POST", ["branch", branch]):
+                return self._create_branch(store.commit(kind, repo_id), store.folder(kind, repo_id, branch))
             case ("POST", ["commit", revision]) if "create_pr" not in query:
                 sha = store.apply(kind, repo_id, revision, map(json.loads, body.splitlines()))
                 return {"commitOid": sha, "commitUrl": self.server.url(kind, repo_id) + f"/commit/{sha}"}
@@ -235,12 +248,17 @@ class Handler(BaseHTTPRequestHandler):
         store, query = self.server.store, parse_qs(urlsplit(self.path).query)
         folders = sorted(path for path in store.root.glob(f"{kind}/*/*") if "@" not in path.name)
         infos = [store.describe(kind, f"{path.parent.name}/{path.name}") for path in folders]
+        infos = [info | {"downloads": self.server.downloads.get(info["id"], 0)} for info in infos]
+        if query.get("sort") == ["downloads"]:
+            infos.sort(key=lambda info: -info["downloads"])
         infos = [info for info in infos if info["author"] in query.get("author", [info["author"]])]
         return [info for info in infos if set(query.get("filter", [])) <= set(info["tags"])]
 
     def _create_repo(self, wanted: Json) -> Json:
         kind, repo_id = f"{wanted.get('type') or 'model'}s", f"{wanted['organization']}/{wanted['name']}"
         folder = self.server.store.folder(kind, repo_id)
+        if repo_id in self.server.refused:
+            raise HubError(*self.server.refused[repo_id])
         self.status = 409 if folder.exists() else 200
         folder.mkdir(parents=True, exist_ok=True)
         return {"url": self.server.url(kind, repo_id)}
@@ -281,6 +299,8 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         requests: The method and path of every request received, oldest first.
+        refused: Repositories (``owner/name``) that this client may not have: status, error code and message.
+        downloads: What ``list_models`` says of repositories; 0 of others.
     """
 
     request_queue_size = 64
@@ -288,6 +308,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.store, self.requests = root, Store(root), list[str]()
+        self.refused, self.downloads = dict[str, tuple[int, str, str]](), dict[str, int]()
 
     @property
     def endpoint(self) -> str:

@@ -445,3 +445,12 @@ def test_on_a_task_the_ways_to_one_step_see_the_same_losses(model_dir: Path, tmp
 def test_an_unknown_task_is_one_line(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--model", str(model_dir), "--task", "sst22"]) == 2
     assert "unknown task 'sst22'; did you mean 'sst2'?" in capsys.readouterr().err
+
+
+def test_the_cost_of_pertnns_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "pertnn.json"
+    assert main(["bench", "--pertnn", "30", "--rounds", "3", "--model", "no-such-model", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert (result["blocks"], result["rounds"], set(result["entries"])) == (30, 3, {"abs", "exp"})
+    assert all(0 < row["min"] <= row["median"] <= row["max"] for row in result["entries"].values())
+    assert "30 PertNNs, ms a call" in capsys.readouterr().out

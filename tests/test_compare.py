@@ -26,10 +26,11 @@ from zotuner.compare.figures import first_reach
 from zotuner.compare.plan import Planned, expand
 from zotuner.compare.results import Results, collect, page, tables_of, write
 from zotuner.compare.spec import Comparison
-from zotuner.compare.state import Note, Point, read_note, read_status, write_note
+from zotuner.compare.state import Note, Point, check_same, read_note, read_status, write_note
 from zotuner.compare.tables import cells, duration, headings, plan_table, seconds_left
 from zotuner.compare.work import Bar
 from zotuner.config import FinetuneConfig
+from zotuner.errors import ZotunerError
 from zotuner.files import locked, writer
 from zotuner.ledger import read_ledger
 from zotuner.metrics import read_rows
@@ -556,3 +557,26 @@ def test_another_folder_is_left_alone_and_one_comparison_writes_at_a_time(
     assert f"process {os.getpid()} is writing to it" in assert_one_error_line(capsys.readouterr().err)
     assert call("compare", file, "--out", tmp_path / "none", "--report-only") == 2
     assert "none: no such comparison" in assert_one_error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("key", "planned", "began", "same"),
+    [
+        ("tuner", "auto", "owner/tuner@0123", True),
+        ("tuner", "owner/tuner", "owner/tuner@0123", True),
+        ("tuner", "owner/tuner", "owner/other@0123", False),
+        ("k_shot", None, 16, True),
+        ("k_shot", 8, 16, False),
+    ],
+)
+def test_what_a_run_settles_itself_is_no_other_option(
+    tmp_path: Path, key: str, planned: Any, began: Any, same: bool
+) -> None:
+    options = {"model": "m", "task": "copa", "method": "zo-finetuner", "tuner": "t", "out": tmp_path}
+    run = Planned("copa", "tuned", 1e-3, 0, FinetuneConfig.model_validate({**options, key: planned}), 2.0)
+    (tmp_path / "config.yaml").write_text(FinetuneConfig.model_validate({**options, key: began}).to_yaml())
+    if same:
+        check_same(run, Path("compare.yaml"))
+        return
+    with pytest.raises(ZotunerError, match=f"was begun with {key} "):
+        check_same(run, Path("compare.yaml"))

@@ -242,7 +242,7 @@ def test_a_card_without_facts_is_whole_all_the_same(tmp_path: Path) -> None:
     assert "Not compared with anything yet." in text
 
 
-@pytest.mark.parametrize("base", ["smollm2-135m-instruct", "./runs/model", "/data/models/tiny", "a/b/c", "../up/model"])
+@pytest.mark.parametrize("base", ["tiny-llama", "./runs/model", "/data/models/tiny", "a/b/c", "../up/model"])
 def test_a_base_model_that_is_no_hub_id_is_kept_out_of_the_metadata(base: str) -> None:
     info = trained(base_model=base).info.model_dump()
     assert "base_model" not in front_matter(card(info))
@@ -255,6 +255,44 @@ def test_an_option_of_the_config_stays_in_its_row(value: str) -> None:
     rows = text.split("| --- | --- |\n")[1].split("\n\n")[0].split("\n")
     assert len(rows) == 2
     assert all(row.replace(r"\|", "").count("|") == 3 for row in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_saved_in_half_precision_come_back_rounded(tmp_path: Path, dtype: torch.dtype) -> None:
+    tuner = trained("abs")
+    tuner.save_pretrained(tmp_path, dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {dtype}
+    for name, param in Tuner.from_pretrained(tmp_path).bank.named_parameters():
+        assert param.dtype == torch.float32
+        assert torch.equal(param, tuner.bank.get_parameter(name).to(dtype).float())
+
+
+@pytest.mark.parametrize(("dtype", "weight"), [(torch.int8, 1.0), (torch.float16, 1e6)])
+def test_a_precision_that_does_not_hold_the_weights_is_refused(
+    tmp_path: Path, dtype: torch.dtype, weight: float
+) -> None:
+    tuner = trained("abs")
+    with torch.no_grad():
+        tuner.bank.b2[0] = weight
+    with pytest.raises(ValueError, match="expected one of floating point that holds the nets' weights, got torch"):
+        tuner.save_pretrained(tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tuner_for_opt_30b_takes_less_than_a_megabyte(tmp_path: Path) -> None:
+    """The paper's largest model, without its weights: 772 blocks; the paper says below 2 MB (arXiv:2510.00419)."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 7168, "num_hidden_layers": 48, "num_attention_heads": 56, "ffn_dim": 28672}
+    config = OPTConfig(**sizes, word_embed_proj_dim=7168, vocab_size=50272, max_position_embeddings=2048)
+    with torch.device("meta"):
+        model = OPTForCausalLM(config)
+    assert sum(param.numel() for param in model.parameters()) == pytest.approx(30e9, rel=0.01)
+    tuner = Tuner.for_model(model, "abs", base_model="facebook/opt-30b")
+    assert len(tuner.block_names) == 772
+    tuner.save_pretrained(tmp_path, dtype=torch.float16)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1e6
+    assert Tuner.from_pretrained(tmp_path).block_names == tuner.block_names
 
 
 # Broken files

@@ -6,6 +6,9 @@ from typing import Any
 import yaml
 
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
+TAGS = ("zotuner", "pertnn")  # by which tuners are found on the Hub
+# What models that come as a package were on the Hub. They are quantised there: their weights, dequantised, differ.
+ORIGINALS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 TEMPLATE = """---
 {front}---
 
@@ -13,7 +16,7 @@ TEMPLATE = """---
 
 Learned perturbation scales for zeroth-order fine-tuning: {count} PertNNs ({architecture}, granularity
 {granularity}, Frobenius normalisation {normalized}), one a block of the base model{adapter}, {origin}.
-Use it on the base model, on its fine-tunes and merges, and on any task, with forward passes only.
+Use it on the base model, on its fine-tunes and merges, and on any task, with forward passes only.{weights}
 
 ```python
 import zotuner
@@ -38,6 +41,16 @@ Base model's weights (SHA-256): `{base_weights_sha256}`. Made with {versions}.
 {notes}
 """
 
+DEQUANTISED = """
+
+Here `{name}` is [{base}](https://huggingface.co/{base})
+quantised to 4 bits and back. These weights differ from the Hub's, which are a derivative for this tuner."""
+
+
+def hub_base(name: str) -> str | None:
+    """The Hub id of a base model; None of one that is not on the Hub, or not known to be."""
+    return ORIGINALS.get(name) or (name if re.fullmatch(HUB_ID, name) else None)
+
 
 def card(info: dict[str, Any]) -> str:
     """Markdown with the metadata that the Hub reads.
@@ -45,15 +58,18 @@ def card(info: dict[str, Any]) -> str:
     Args:
         info: `TunerInfo` as a dictionary.
     """
+    base = hub_base(info["base_model"])
     front = {
         "license": info["license"],
         "library_name": "zotuner",
-        "tags": ["zotuner", "zeroth-order", "pertnn"],
-        **({"base_model": info["base_model"]} if re.fullmatch(HUB_ID, info["base_model"]) else {}),
+        "tags": [*TAGS, "zeroth-order"],
+        **({"base_model": base} if base else {}),
+        **({"model-index": _model_index(info)} if info["results"] else {}),
     }
     return TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         base_model=info["base_model"] or "a model",
+        weights=DEQUANTISED.format(name=info["base_model"], base=base) if info["base_model"] in ORIGINALS else "",
         count=len(info["blocks"]),
         architecture=info["architecture"],
         granularity=info["granularity"],
@@ -72,6 +88,25 @@ def adapter_line(adapter: dict[str, Any]) -> str:
     about = [f"{name} {adapter[name]:g}" for name in ("rank", "alpha", "tokens") if adapter[name] is not None]
     about += [f"on {' '.join(adapter['targets'])}"] if adapter["targets"] else []
     return f"{adapter['kind']} ({', '.join(about)})" if about else str(adapter["kind"])
+
+
+def _model_index(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results in the Hub's form."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    results = [
+        EvalResult(
+            task_type=result["task"],
+            dataset_type=result["dataset"],
+            dataset_name=result["dataset"],
+            metric_type=result["metric"],
+            metric_name=f"{result['metric']} ({result['how']})" if result["how"] else None,
+            metric_value=result["value"],
+        )
+        for result in info["results"]
+    ]
+    return eval_results_to_model_index(f"Tuner for {info['base_model'] or 'a model'}", results)
 
 
 def _normalized(info: dict[str, Any]) -> str:

@@ -67,8 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, metavar="DIR", help="a finished run of a zeroth-order method")
     export.add_argument("--out", required=True, type=Path, metavar="FILE", help="name.zoledger (required)")
     _add_apply_options(add("apply", _apply, "make the model that such a file describes, from its base"))
-    actions = add("tuner", None, "import tuners").add_subparsers(required=True, metavar="ACTION")
+    tuner = add("tuner", None, "list, pull, push, import and inspect tuners")
+    actions = tuner.add_subparsers(required=True, metavar="ACTION")
+    _add_list_options(add("list", _tuner_list, "list tuners: those with this package, then the Hub's", actions))
+    _add_pull_options(add("pull", _tuner_pull, "bring a tuner of the Hub into a folder", actions))
+    _add_push_options(add("push", _tuner_push, "put a tuner on the Hub", actions))
     _add_import_options(add("import", _tuner_import, "read a published tuner (.pth), running no code of it", actions))
+    _add_inspect_options(
+        add("inspect", _tuner_inspect, "show a tuner's scales, and whether it is a fresh one", actions)
+    )
     report = add("report", _report, "show runs side by side")
     report.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="finished runs")
     report.add_argument("--plot", type=Path, metavar="FILE", help="write the loss curves as PNG")
@@ -78,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("--plot", type=Path, metavar="FILE", help="write the curves, and the scales as a heat map, as PNG")
     demo = add("demo", _demo, "fine-tune the demo model by three methods at equal forwards")
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for the runs (%(default)s)")
-    demo.add_argument("--tuner", type=Path, default=Path("tuners/smollm2-135m-instruct"), help="(%(default)s)")
+    demo.add_argument("--tuner", default="smollm2-135m-instruct", help="name, folder or Hub id (%(default)s)")
     demo.add_argument("--forwards", type=_count, default=54, help="forward passes a method (%(default)s)")
     _add_compare_options(add("compare", _compare, "compare methods over tasks, learning rates and seeds, and report"))
     _add_bench_options(add("bench", _bench, "measure what a step of each method costs"))
@@ -105,6 +112,24 @@ def _add_apply_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tuner", metavar="TUNER", help="the run's tuner: folder or Hub id (by the name in the file)")
 
 
+def _add_list_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="MODEL", help="only those for this model, by name or Hub id")
+
+
+def _add_pull_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", help="a tuner's Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit (main)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the tuner (required)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a tuner in --out (off)")
+
+
+def _add_push_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="a tuner's folder")
+    parser.add_argument("id", metavar="ID", help="OWNER/NAME on the Hub; made if it is new")
+    parser.add_argument("--private", action="store_true", help="make a new repository private (off)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it is new (main)")
+
+
 def _add_import_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a dict from parameter names to nets, by torch.save")
     parser.add_argument("--base", required=True, metavar="MODEL", help="name, folder or Hub id of its base (required)")
@@ -127,6 +152,16 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     only.add_argument("--report-only", dest="only", action="store_const", const="report", help=text)
 
 
+def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tuner", metavar="DIR", help="a tuner: folder, name or Hub id")
+    parser.add_argument("--against", metavar="OTHER", help="another tuner, to compare with block by block")
+    parser.add_argument(
+        "--model", metavar="M", help="tell the nets this model's statistics (those they are centred at)"
+    )
+    parser.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="a run of zo-finetuner, over its steps")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the scales as a heat map, as PNG")
+
+
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="also random:0.5b, random:1.1b (%(default)s)")
     parser.add_argument("--batch-size", type=_count, default=16, help="sequences (%(default)s)")
@@ -137,6 +172,8 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows, such as 'mezo gaussian' (all)")
     drift = "measure instead how far so many steps with lr = 0 move the weights"
     parser.add_argument("--drift", type=_count, dest="drift_steps", metavar="STEPS", help=drift)
+    pertnn = "measure instead one evaluation of N PertNNs; OPT-30B has 772 blocks"
+    parser.add_argument("--pertnn", type=_count, dest="pertnn_blocks", metavar="N", help=pertnn)
     parser.add_argument(
         "--task", help="measure instead a MeZO step on real examples, such as sst2, and what saves time"
     )
@@ -204,12 +241,14 @@ def _config(kind: type[C], arguments: argparse.Namespace) -> C:
 
 
 def _quiet() -> None:
-    """transformers' and datasets' own progress bars would fight with ours."""
+    """transformers' and datasets' own progress bars would fight with ours; of a failed request we tell ourselves."""
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
 
@@ -257,6 +296,39 @@ def _apply(arguments: argparse.Namespace) -> None:
     print(rebuild(read_recorded(arguments.file), arguments.out, Display(), **options))
 
 
+def _tuner_list(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.hub import tuners
+    from zotuner.progress import stdout
+    from zotuner.report import new_table
+
+    table = new_table(None, "tuner", "base model", "from", "downloads")
+    table.columns[1].justify = table.columns[2].justify = "left"
+    try:
+        for one in tuners(arguments.base):
+            on_hub = one.downloads is not None
+            table.add_row(one.name, one.base, "the Hub" if on_hub else "this package", str(one.downloads or ""))
+    finally:  # where the Hub cannot be asked, those of the package can be had all the same
+        if table.row_count:
+            stdout().print(table)
+    if not table.row_count:
+        print(f"no tuner for {arguments.base}, neither with this package nor on the Hub")
+
+
+def _tuner_pull(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.hub import pull
+
+    print(pull(arguments.id, arguments.out, revision=arguments.revision, overwrite=arguments.overwrite))
+
+
+def _tuner_push(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.hub import push
+
+    print(push(arguments.folder, arguments.id, private=arguments.private, revision=arguments.revision))
+
+
 def _tuner_import(arguments: argparse.Namespace) -> None:
     _quiet()
     from zotuner.published import check_tuner_out, import_tuner, write_tuner
@@ -264,6 +336,14 @@ def _tuner_import(arguments: argparse.Namespace) -> None:
     check_tuner_out(arguments.out, arguments.overwrite)
     imported = import_tuner(arguments.file, arguments.base, embedding_rows=arguments.embedding_rows)
     print("\n".join(write_tuner(imported, arguments.out)))
+
+
+def _tuner_inspect(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.inspection import inspect_tuner
+
+    options = {"against": arguments.against, "model": arguments.model, "run": arguments.run_dir}
+    inspect_tuner(arguments.tuner, plot_to=arguments.plot, **options)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -136,7 +136,9 @@ class FinetuneConfig(Config):
         + ", ".join(OBJECTIVES)
         + " or FILE.py:FUNCTION, a function (answer, example) -> reward",
     )
-    tuner: str | None = Field(None, description="folder or Hub id of a tuner, for zo-finetuner")
+    tuner: str | None = Field(
+        None, description="for zo-finetuner: a tuner's folder, name or Hub id, or auto: the one for the model's base"
+    )
     lr: float | None = Field(None, gt=0, allow_inf_nan=False, description=f"learning rate; by method: {DEFAULT_LR}")
     lr_schedule: Literal["constant", "linear"] = Field("constant", description="linear: to 0 over the run")
     micro_batch_size: int | None = Field(None, ge=1, description="examples a forward at most; default: the whole batch")
@@ -202,7 +204,7 @@ class FinetuneConfig(Config):
         if self.method not in METHODS:
             raise ValueError(unknown("method", self.method, METHODS))
         if self.method == "zo-finetuner" and self.tuner is None:
-            raise ValueError("method zo-finetuner needs --tuner (a folder or a Hub id)")
+            raise ValueError("method zo-finetuner needs --tuner (a folder, a Hub id, or auto)")
         if self.method != "zo-finetuner" and self.tuner is not None:
             raise ValueError(f"--tuner is for method zo-finetuner, not for {self.method}")
         if self.shots and self.method != "none":

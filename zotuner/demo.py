@@ -12,6 +12,7 @@ from zotuner.errors import ZotunerError
 from zotuner.files import is_run
 from zotuner.progress import stdout
 from zotuner.report import plot, table
+from zotuner.tuner import locate
 
 MODEL, TASK = "smollm2-135m-instruct", "demo-sentiment"
 NUM_PERTURBATIONS = 8  # of FZOO
@@ -19,19 +20,18 @@ NUM_PERTURBATIONS = 8  # of FZOO
 RUNS = {"mezo": 4e-5, "fzoo": 4e-3, "zo-finetuner": 4e-5}
 
 
-def demo(out: Path, tuner: Path, forwards: int) -> None:
+def demo(out: Path, tuner: str, forwards: int) -> None:
     """Runs the three methods, prints one table and writes `out/loss.png`.
 
     Args:
         out: Folder for the runs; those of an earlier demo are replaced.
-        tuner: Folder of the tuner for the demo model.
+        tuner: Name, folder or Hub id of the tuner for the demo model.
         forwards: Forward passes a method.
 
     Raises:
         ZotunerError: A run failed, or the tuner is missing.
     """
-    if not tuner.is_dir():
-        raise ZotunerError(f"{tuner}: no such tuner; run the demo from a checkout, or pass --tuner DIR")
+    locate(tuner)
     if out.exists() and (not out.is_dir() or any(p.is_dir() and not is_run(p) for p in out.iterdir())):
         raise ZotunerError(f"{out}: expected a new folder or an earlier demo's; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def demo(out: Path, tuner: Path, forwards: int) -> None:
         runs.append(out / method)
         options: dict[str, object] = {"model": MODEL, "task": TASK, "method": method, "lr": lr, "out": out / method}
         options |= {"noise": "rademacher", "num_perturbations": NUM_PERTURBATIONS}
-        options |= {"tuner": str(tuner)} if method == "zo-finetuner" else {}
+        options |= {"tuner": tuner} if method == "zo-finetuner" else {}
         options["steps"] = forwards // forwards_per_step(FinetuneConfig.read(None, options))
         command = [sys.executable, "-m", "zotuner", "finetune", "--overwrite"]
         for name, value in options.items():

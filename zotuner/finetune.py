@@ -17,6 +17,7 @@ from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.evaluate import evaluate
 from zotuner.files import check_out, claim_out, locked
+from zotuner.hub import AUTO, Say, find_tuner
 from zotuner.metrics import read_json, write_json
 from zotuner.models import (
     compile_layers,
@@ -53,14 +54,16 @@ class Setup:
     tuner: Tuner | None
 
 
-def prepare(config: FinetuneConfig) -> Setup:
-    """Loads everything that may be wrong.
+def prepare(config: FinetuneConfig, say: Say = lambda _: None) -> Setup:
+    """Loads everything that may be wrong; `say` is told which tuner was found, if one was to be.
 
     Raises:
         ZotunerError: An unknown task or model, bad data, a tuner that cannot be read.
     """
     task = get_task(config.task, config.data_dir)
-    tuner = Tuner.from_pretrained(config.tuner) if config.tuner is not None else None
+    tuner = _tuner(config, say)
+    if tuner is not None:  # by a name that finds the very same again: --resume and replay read it in the record
+        config = config.model_copy(update={"tuner": tuner.source})
     model, tokenizer = load_model(config.model, dtype=config.dtype)
     model = adapted(model, config, config.model)
     if tuner is not None:
@@ -75,6 +78,13 @@ def prepare(config: FinetuneConfig) -> Setup:
     options: dict[str, Any] = {"reward": config.objective, "static": config.compile, "special_tokens": not config.chat}
     objective = objective_for(task, model, tokenizer, max_length=config.max_length, **options)
     return Setup(config, model, tokenizer, objective, splits, tuner)
+
+
+def _tuner(config: FinetuneConfig, say: Say) -> Tuner | None:
+    """The one that is named, or the one for the model."""
+    if config.tuner is None:
+        return None
+    return find_tuner(config.model, say) if config.tuner == AUTO else Tuner.from_pretrained(config.tuner)
 
 
 def _splits(config: FinetuneConfig, task: Task, model: Any, tokenizer: Any) -> Splits:
@@ -115,7 +125,7 @@ def finetune(config: FinetuneConfig, display: Display, *, resume: bool = False) 
         check_out(config.out, config.overwrite, [Path(name) for name in inputs if name])
     with display, Requests() as requests, locked(config.out):
         display.say(f"loading {config.model} and task {config.task}")
-        setup = prepare(config)
+        setup = prepare(config, display.say)
         config = setup.config
         stepper = stepper_for(config, setup.model, setup.tuner)
         if not resume:

@@ -18,10 +18,13 @@ from zotuner.card import adapter_line, card
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 from zotuner.pertnn import FEATURES, HIDDEN, FeatureSpec, PertNNBank
+from zotuner.remote import asking
 
 WEIGHTS, DESCRIPTION, CARD = "tuner.safetensors", "tuner.json", "README.md"
 MOST_ROWS = 1 << 31  # of an embedding table
 SHOWN = 3  # blocks named when a tuner does not fit a model
+LATER = ("embedding_rows", "adapter", "results")  # written where they are set: older versions do not know them
+SHIPPED = Path(__file__).parent / "tuners"  # those that come with the package; in a checkout a link to the folder there
 
 
 class BlockInfo(BaseModel):
@@ -71,6 +74,26 @@ class AdapterInfo(BaseModel):
         return adapter_line(self.model_dump())
 
 
+class Result(BaseModel):
+    """What a model that was tuned with a tuner reached, for the card's `model-index`.
+
+    Attributes:
+        task: The kind of task as the Hub names it, such as "text-classification".
+        dataset: Hub id, or a name.
+        metric: Such as "accuracy".
+        value: Of the metric.
+        how: Method, budget, seeds: what the value stands for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    task: str
+    dataset: str
+    metric: str
+    value: float
+    how: str = ""
+
+
 class TunerInfo(BaseModel):
     """Everything about a tuner but its weights: the content of `tuner.json`."""
 
@@ -91,6 +114,7 @@ class TunerInfo(BaseModel):
     versions: dict[str, str] = {}
     license: str = "apache-2.0"
     notes: str = ""
+    results: tuple[Result, ...] = ()
 
     @property
     def made_for(self) -> str:
@@ -115,15 +139,17 @@ class Tuner:
     Args:
         info: What they are.
         bank: The nets, in the order of `info.blocks`.
+        source: By which name `from_pretrained` finds the very same again; "" for one that was not loaded.
 
     Example:
-        >>> tuner = Tuner.from_pretrained("tuners/smollm2-135m-instruct")
+        >>> tuner = Tuner.from_pretrained("smollm2-135m-instruct")
         >>> opt = zotuner.ZOFineTuner(model, tuner, lr=1e-6)
     """
 
-    def __init__(self, info: TunerInfo, bank: PertNNBank) -> None:
+    def __init__(self, info: TunerInfo, bank: PertNNBank, source: str = "") -> None:
         self.info = info
         self.bank = bank
+        self.source = source
         fields = info.features.model_dump(exclude={"names"})
         self.spec = FeatureSpec(**fields)
         self._position = {block.name: i for i, block in enumerate(info.blocks)}
@@ -228,18 +254,28 @@ class Tuner:
         text = self.info.model_dump_json(include=used)
         return hashlib.sha256(text.encode() + self._packed()).hexdigest()
 
-    def _packed(self) -> bytes:
+    def _packed(self, dtype: torch.dtype = torch.float32) -> bytes:
         """The nets' weights as safetensors."""
-        return bytes(save({k: v.contiguous() for k, v in self.bank.state_dict().items()}))
+        return bytes(save({k: v.to(dtype).contiguous() for k, v in self.bank.state_dict().items()}))
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the three files, each atomically."""
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes the three files, each atomically.
+
+        Args:
+            directory: Made if need be.
+            dtype: Of the nets' weights in the file; half precision takes half the room. Loading makes them float32
+                again: what was rounded is another tuner, with another SHA-256.
+
+        Raises:
+            ValueError: A dtype in which the weights are not finite, or which is not of floating point.
+        """
+        if not dtype.is_floating_point or not all(p.to(dtype).isfinite().all() for p in self.bank.parameters()):
+            raise ValueError(f"dtype: expected one of floating point that holds the nets' weights, got {dtype}")
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS, self._packed())
-        late = ("embedding_rows", "adapter")  # older versions do not know them
-        optional = {name for name in late if getattr(self.info, name) is None}
-        write_atomically(folder / DESCRIPTION, self.info.model_dump_json(indent=2, exclude=optional) + "\n")
+        write_atomically(folder / WEIGHTS, self._packed(dtype))
+        unused = {name for name in LATER if not getattr(self.info, name)}
+        write_atomically(folder / DESCRIPTION, self.info.model_dump_json(indent=2, exclude=unused) + "\n")
         write_atomically(folder / CARD, card(self.info.model_dump()))
 
     @classmethod
@@ -247,28 +283,33 @@ class Tuner:
         """Loads a tuner; no code of the file runs.
 
         Args:
-            name: A folder, or a Hub id such as "someone/smollm2-tuner".
+            name: A folder, the name of a tuner that comes with the package, or a Hub id such as
+                "someone/smollm2-tuner", with or without "@" and a revision.
             revision: Branch, tag or commit on the Hub.
 
         Raises:
             ZotunerError: No such tuner, a missing, truncated or inconsistent file.
         """
-        folder = Path(name)
-        if not folder.is_dir():
-            folder = _download(str(name), revision)
-        info = _read_info(folder / DESCRIPTION)
-        return cls(info, _read_bank(folder / WEIGHTS, info))
+        folder, source = locate(str(name), revision)
+        info = read_info(folder / DESCRIPTION)
+        return cls(info, _read_bank(folder / WEIGHTS, info), source)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
-        """Uploads the three files, making the repository if need be; returns the commit's address."""
+        """Uploads the three files, making the repository and the branch if need be; returns the commit's address.
+
+        Raises:
+            ZotunerError: The Hub refuses, or cannot be reached.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
         api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, asking(f"{repo_id}: cannot be pushed to"):
             self.save_pretrained(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload tuner"
             )
@@ -282,19 +323,41 @@ def versions() -> dict[str, str]:
     return {"zotuner": __version__, "torch": version("torch"), "python": platform.python_version()}
 
 
-def _download(name: str, revision: str | None) -> Path:
+def shipped() -> dict[str, TunerInfo]:
+    """The tuners that come with the package: what each is, by name."""
+    return {path.parent.name: read_info(path) for path in sorted(SHIPPED.glob(f"*/{DESCRIPTION}"))}
+
+
+def locate(name: str, revision: str | None = None) -> tuple[Path, str]:
+    """Where a tuner's files are, downloaded if need be, and by which name the very same are found again.
+
+    Args:
+        name: As for `Tuner.from_pretrained`.
+        revision: Likewise.
+
+    Raises:
+        ZotunerError: No such tuner.
+    """
+    if Path(name).is_dir():
+        return Path(name), name
+    if name == Path(name).name and (SHIPPED / name / DESCRIPTION).is_file():
+        return SHIPPED / name, name
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, DESCRIPTION, CARD]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        which = f"{name} (revision {revision})" if revision else name
-        raise ZotunerError(f"{which}: no such tuner: neither a folder nor to be had from the Hub ({reason})") from None
+    repo_id, _, stated = name.partition("@")
+    revision = revision or stated or None
+    which = f"{repo_id} (revision {revision})" if revision else name
+    with asking(f"{which}: no such tuner: neither a folder nor to be had from the Hub"):
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, DESCRIPTION, CARD]))
+    return folder, f"{repo_id}@{folder.name}"  # the cache has a folder a commit
 
 
-def _read_info(path: Path) -> TunerInfo:
+def read_info(path: Path) -> TunerInfo:
+    """What a `tuner.json` says.
+
+    Raises:
+        ZotunerError: No such file, or something else than a tuner's description; names the key.
+    """
     try:
         return TunerInfo.model_validate_json(path.read_bytes())
     except FileNotFoundError:

@@ -9,8 +9,9 @@ import torch
 
 from zotuner.bench.machine import describe
 from zotuner.bench.measure import LR, check_finite, drift, memory, shares, time_rounds
+from zotuner.bench.pertnn import time_pertnn
 from zotuner.bench.rows import Row, choose
-from zotuner.bench.show import drift_table, plot, tables
+from zotuner.bench.show import drift_table, pertnn_table, plot, tables
 from zotuner.bench.summary import summarize
 from zotuner.bench.task import task_rounds, task_table
 from zotuner.bench.workload import Workload, load
@@ -32,6 +33,7 @@ def bench(
     methods: Sequence[str] | None,
     rounds: int,
     drift_steps: int | None,
+    pertnn_blocks: int | None,
     task: str | None,
     data_dir: Path | None,
     out: Path | None,
@@ -49,6 +51,7 @@ def bench(
         methods: Names of rows; None: all.
         rounds: Measurements of each, after one that does not count.
         drift_steps: Measure how far so many steps with lr = 0 move the weights, and nothing else.
+        pertnn_blocks: Measure instead what so many PertNNs cost; no model is loaded.
         task: Measure instead what a step on real examples of this task costs.
         data_dir: As `--data-dir` everywhere.
         out: Where the JSON goes.
@@ -59,6 +62,9 @@ def bench(
         ZotunerError: An unknown model or method, a file that cannot be written, weights that are not finite any more.
     """
     _check_files(out, plot_to)
+    if pertnn_blocks is not None:
+        _bench_pertnn(pertnn_blocks, rounds, out)
+        return
     if task is not None:
         _bench_task(model, task, data_dir, batch_size, rounds, out, display)
         return
@@ -86,6 +92,13 @@ def bench(
         stdout().print(table)
     if plot_to is not None:
         plot(entries, title, plot_to)
+
+
+def _bench_pertnn(blocks: int, rounds: int, out: Path | None) -> None:
+    entries = time_pertnn(blocks, rounds)
+    if out is not None:
+        write_json(out, {"blocks": blocks, "rounds": rounds, "machine": describe(), "entries": entries})
+    stdout().print(pertnn_table(entries, f"{blocks} PertNNs, ms a call"))
 
 
 def _bench_task(

@@ -41,6 +41,14 @@ def drift_table(entries: dict[str, dict[str, Any]], title: str) -> Table:
     return table
 
 
+def pertnn_table(entries: dict[str, dict[str, Any]], title: str) -> Table:
+    """How long the nets of each architecture take."""
+    table = _table(title, "architecture", "median", "min", "max")
+    for name, row in entries.items():
+        table.add_row(name, *(f"{row[key]:.2f}" for key in ("median", "min", "max")))
+    return table
+
+
 def _table(title: str, first: str, *others: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(first, no_wrap=True)

@@ -17,6 +17,7 @@ from zotuner.compare.spec import Unit
 from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.files import has_writer
+from zotuner.hub import AUTO
 from zotuner.metrics import read_json, read_rows, write_json
 from zotuner.report import read_summary
 
@@ -144,11 +145,18 @@ def check_same(planned: Planned, file: Path) -> None:
     began = FinetuneConfig.read(path, {})
     for key in FinetuneConfig.model_fields:
         before, now = getattr(began, key), getattr(planned.config, key)
-        if key not in NOT_COMPARED and before != now:
+        if key not in NOT_COMPARED and before != now and not _left_open(key, now, before):
             raise ZotunerError(
                 f"{planned.folder}: was begun with {key} {before}, but {file} says {now}; give it back what it was "
                 "begun with, remove that folder, or choose another --out"
             )
+
+
+def _left_open(key: str, planned: Any, began: Any) -> bool:
+    """Whether an option is one that a run settles when it begins, and this is what it settled on."""
+    if key == "tuner":  # which tuner it is that serves the model, and which commit of it
+        return planned == AUTO or (began is not None and began.partition("@")[0] == planned)
+    return key == "k_shot" and planned is None  # a number for masked models
 
 
 def _curve(folder: Path) -> tuple[Point, ...]:

@@ -53,7 +53,7 @@ def _panels(run: Run) -> list[tuple[float, Paint]]:
         return [(2.6, _meta_losses), (1.8, _gain), (1.9, _spread), *coefficients]
     panels: list[tuple[float, Paint]] = [(2.8, _losses), *coefficients, (1.1, _lr)]
     if run.scales is not None:
-        panels.append((min(6.0, max(2.5, 0.38 * len(block_types(run.scales.blocks)) + 0.6)), _heat_map))
+        panels.append((min(6.0, max(2.5, 0.38 * len(block_types(run.scales.blocks)) + 0.6)), paint_scales))
     return panels
 
 
@@ -95,7 +95,7 @@ def _lr(axes: "Axes", run: Run) -> None:
     axes.grid(alpha=0.3)
 
 
-def _heat_map(axes: "Axes", run: Run) -> None:
+def paint_scales(axes: "Axes", run: Run) -> None:
     """log2 sigma~: a row a block, ordered by type and then layer; a column a recorded step, wherever it stands."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator

@@ -1,0 +1,168 @@
+"""A tuner's scales at features that one chooses: those of a first step, and the same at other losses."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zotuner.blocks import find_blocks
+from zotuner.errors import ZotunerError
+from zotuner.log import block_types
+from zotuner.optim.zo_finetuner import features_of
+from zotuner.pertnn import FEATURES, FeatureSpec, normalize
+from zotuner.tuner import Tuner
+
+LOSSES = (0.5, 2.0, 4.0)  # what both losses of a two-point step may be: near the end, at the start, far off
+MEAN, VAR = FEATURES.index("mean"), FEATURES.index("var")
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sigmas:
+    """A scale for every block.
+
+    Attributes:
+        blocks: (n,) names, in the model's order.
+        first: (n,) at the first step: losses 0, sigma_prev 1.
+        at: (len(LOSSES), n) the same with both losses at each of `LOSSES`.
+        name: "sigma~", or "sigma" of a tuner that is used without normalisation.
+        told: In words, which features these are of.
+    """
+
+    blocks: tuple[str, ...]
+    first: Array
+    at: Array
+    name: str
+    told: str
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over blocks of the logarithm at the first step."""
+        return float(_log(self.first).std())
+
+    def by_layer(self) -> dict[str, Array]:
+        """From a type of block to (layers,) geometric means at the first step; NaN in a layer without; types without
+        layers have (1,)."""
+        layers = [int(found[0]) if (found := re.search(r"(?<=\.)\d+(?=\.|$)", name)) else -1 for name in self.blocks]
+        depth = max(layers) + 1
+        rows = {}
+        for label, members in block_types(self.blocks).items():
+            row = np.full(depth if layers[members[0]] >= 0 else 1, np.nan)
+            for place in range(len(row)):
+                mine = [m for m in members if max(layers[m], 0) == place]
+                if mine:
+                    row[place] = np.exp(_log(self.first[mine]).mean())
+            rows[label] = row
+        return rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two tuners on the blocks that both know.
+
+    Attributes:
+        blocks: (n,) their names.
+        ours: (n,) scales of the first tuner at the first step.
+        theirs: (n,) of the second.
+        correlation: Of the logarithms; None where one of the two has the same scale everywhere.
+        left_out: How many blocks one of them alone knows.
+    """
+
+    blocks: tuple[str, ...]
+    ours: Array
+    theirs: Array
+    correlation: float | None
+    left_out: int
+
+    @property
+    def log_ratio(self) -> Array:
+        """(n,) log of ours over theirs."""
+        return _log(self.ours) - _log(self.theirs)
+
+    @property
+    def summary(self) -> str:
+        """In a line."""
+        alike = "not defined: one of the two has the same scale in every block"
+        shown = alike if self.correlation is None else f"{self.correlation:.4f}"
+        apart = f", {self.left_out} blocks that one alone knows left out" if self.left_out else ""
+        return f"correlation of log sigma over {len(self.blocks)} common blocks{apart}: {shown}"
+
+
+def sigmas(tuner: Tuner, model: Any = None) -> Sigmas:
+    """The scales at a first step.
+
+    Args:
+        tuner: Whose.
+        model: Its blocks' means and variances are what the nets are told; None: for every block, the mean and the
+            variance that the nets' inputs are centred at.
+
+    Raises:
+        ZotunerError: The tuner does not fit the model.
+    """
+    info = tuner.info
+    nets = None
+    if model is None:
+        names, numels = tuner.block_names, torch.tensor([block.numel for block in info.blocks])
+        row = [0.0, 0.0, 1.0, *_centre(tuner.spec)]
+        features = torch.tensor([row] * len(names))
+    else:
+        blocks = find_blocks(model, tuner.granularity)
+        nets, numels = tuner.nets_for(blocks), tuner.numels_for(model, blocks)
+        names, features = tuple(b.name for b in blocks), features_of(blocks, (0.0, 0.0), [1.0] * len(blocks))
+
+    def scaled(loss: float) -> Array:
+        told = features.clone()
+        told[:, :2] = loss
+        raw = tuner.scales(told, nets)
+        result: Array = (normalize(raw, numels) if info.normalized else raw.double()).numpy()
+        return result
+
+    whose = "the model's own mean and variance of each block" if model is not None else _centred_at(tuner.spec)
+    told = f"at a first step (losses 0, sigma_prev 1), told {whose}"
+    at = np.stack([scaled(loss) for loss in LOSSES])
+    return Sigmas(names, scaled(0.0), at, "sigma~" if info.normalized else "sigma", told)
+
+
+def _centre(spec: FeatureSpec) -> tuple[float, float]:
+    """The mean and the variance that the nets see as 0."""
+    mean, var = (float(np.exp(spec.shift[i])) if spec.transform[i] == "log" else spec.shift[i] for i in (MEAN, VAR))
+    return mean, var
+
+
+def _centred_at(spec: FeatureSpec) -> str:
+    mean, var = _centre(spec)
+    return f"mean {mean:.3g} and variance {var:.3g} for every block (--model M: its own)"
+
+
+def compare(ours: Sigmas, theirs: Sigmas) -> Comparison:
+    """Two tuners, side by side.
+
+    Raises:
+        ZotunerError: They have no block in common.
+    """
+    places = {name: i for i, name in enumerate(theirs.blocks)}
+    common = [(i, places[name]) for i, name in enumerate(ours.blocks) if name in places]
+    if not common:
+        raise ZotunerError(f"the tuners have no block in common: {ours.blocks[0]}, ... and {theirs.blocks[0]}, ...")
+    mine, other = (list(side) for side in zip(*common, strict=True))
+    a, b = ours.first[mine], theirs.first[other]
+    constant = min(_log(a).std(), _log(b).std()) < 1e-6  # what float32 leaves of scales that are all 1
+    correlation = None if constant else float(np.corrcoef(_log(a), _log(b))[0, 1])
+    left_out = len(ours.blocks) + len(theirs.blocks) - 2 * len(common)
+    return Comparison(tuple(ours.blocks[i] for i in mine), a, b, correlation, left_out)
+
+
+def _log(values: Array) -> Array:
+    """With a floor: a net of the "abs" architecture may answer 0."""
+    result: Array = np.log(np.maximum(values, np.finfo(np.float64).tiny))
+    return result
+
+
+def geometric_mean(values: Array | Sequence[float]) -> float:
+    """exp of the mean of logs."""
+    return float(np.exp(_log(np.asarray(values, float)).mean()))
