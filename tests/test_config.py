@@ -9,7 +9,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from zotuner.config import DEFAULT_LR, ELEMENTWISE, METHODS, Config, FinetuneConfig, MetaTrainConfig, read_yaml
+from zotuner.config import (
+    DEFAULT_LR,
+    ELEMENTWISE,
+    METHODS,
+    Config,
+    FinetuneConfig,
+    MetaTrainConfig,
+    forwards_per_step,
+    read_yaml,
+)
 from zotuner.errors import ZotunerError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -196,6 +205,23 @@ def test_a_tuner_belongs_to_the_method_that_uses_it() -> None:
     assert "zo-finetuner needs --tuner" in complaint(FinetuneConfig, method="zo-finetuner")
     assert "--tuner is for method zo-finetuner, not for mezo" in complaint(FinetuneConfig, tuner="t")
     assert finetune(method="zo-finetuner", tuner="t").tuner == "t"
+
+
+def test_a_tuner_with_fzoos_estimator_has_fzoos_defaults_and_cost() -> None:
+    plain = finetune(method="zo-finetuner", tuner="t")
+    assert (plain.estimator, plain.noise, plain.lr) == ("two-point", "gaussian", DEFAULT_LR["zo-finetuner"])
+    assert forwards_per_step(plain) == 2
+    many = finetune(method="zo-finetuner", tuner="t", estimator="one-sided", num_perturbations=4)
+    assert (many.noise, many.lr) == ("rademacher", DEFAULT_LR["fzoo"])
+    assert forwards_per_step(many) == forwards_per_step(finetune(method="fzoo", num_perturbations=4)) == 5
+    assert finetune(method="zo-finetuner", tuner="t", estimator="one-sided", noise="gaussian").noise == "gaussian"
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "zo-finetuner"])
+def test_an_estimator_is_chosen_for_a_tuner_alone(method: str) -> None:
+    assert finetune(method=method).estimator is None
+    expected = f"--estimator is for method zo-finetuner, not for {method}"
+    assert expected in complaint(FinetuneConfig, method=method, estimator="two-point")
 
 
 @pytest.mark.parametrize("method", METHODS)

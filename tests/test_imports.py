@@ -11,12 +11,12 @@ PACKAGE = Path(zotuner.__file__).parent
 
 # A module may import from layers below its own, and within its layer from those named before it.
 LAYERS = [
-    ["errors", "signals", "remote", "files", "noise", "blocks", "config", "metrics", "pickled"],
-    ["quantized", "pertnn", "perturb", "card", "pth"],
+    ["errors", "signals", "remote", "files", "noise", "block_types", "blocks", "config", "metrics", "pickled"],
+    ["quantized", "pertnn", "perturb", "gradients", "card", "pth"],
     ["tuner", "optim", "tasks", "virtual", "adapters", "models", "snapshot", "ledger", "published", "hub"],
     ["prompting", "batch", "scoring", "objective", "evaluate", "progress"],
-    ["trajectory", "steppers", "training", "finetune", "replay", "meta", "meta_train"],
-    ["report", "log", "inspection", "compare", "bench", "demo", "preview", "cli", "__main__"],
+    ["trajectory", "steppers", "training", "finetune", "replay", "meta", "meta_train", "controls"],
+    ["report", "log", "inspection", "compare", "bench", "demo", "preview", "cli_controls", "cli", "__main__"],
 ]
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 EVERYWHERE = {"__init__"}  # asked for the version alone

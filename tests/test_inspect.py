@@ -19,6 +19,7 @@ from zotuner.errors import ZotunerError
 from zotuner.inspection.fresh import TOLD_APART, spread_of_fresh, tensors
 from zotuner.inspection.sigma import LOSSES, Sigmas, compare, sigmas
 from zotuner.inspection.tables import LABEL, MOST_CELLS, heat_map
+from zotuner.models import load_model
 from zotuner.optim.zo_finetuner import Learned
 from zotuner.pertnn import ARCHITECTURES, PertNNBank
 from zotuner.tuner import BlockInfo, Tuner
@@ -254,3 +255,18 @@ def test_a_run_without_a_tuner_is_refused(
     capsys.readouterr()
     assert call("tuner", "inspect", tuner_dir, "--run", run) == 2
     assert "expected a run of zo-finetuner" in assert_one_error_line(capsys.readouterr().err)
+
+
+def test_static_scales_are_shown_and_not_compared_with_fresh_nets(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(model_dir)[0]
+    count = len(find_blocks(model))
+    sigma = torch.linspace(0.5, 2.0, count)
+    Tuner.static(model, sigma, config={"made": "set by hand"}).save_pretrained(tmp_path / "static")
+    assert call("tuner", "inspect", tmp_path / "static") == 0
+    shown = capsys.readouterr().out
+    assert f"{count} blocks (static, block)" in shown
+    assert "set by hand" in shown
+    assert "spread over blocks" in shown
+    assert "fresh" not in shown

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import yaml
 
+from zotuner.block_types import block_types
 from zotuner.cli import main
 from zotuner.errors import ZotunerError
 from zotuner.files import OWNER, locked
 from zotuner.log.figure import draw, running_mean
 from zotuner.log.run import SILENCE, read_run
-from zotuner.log.scales import block_types
 from zotuner.log.tables import spans
 from zotuner.metrics import read_rows
 

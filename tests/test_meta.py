@@ -13,7 +13,8 @@ from zotuner import noise
 from zotuner.blocks import find_blocks, moments
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
-from zotuner.meta import MetaTrainer, block_dots, virtual_step
+from zotuner.gradients import block_dots
+from zotuner.meta import MetaTrainer, virtual_step
 from zotuner.pertnn import normalize
 from zotuner.perturb import Draw, Perturber
 from zotuner.tasks import Example

@@ -71,7 +71,7 @@ def test_a_shared_file_makes_the_model_from_its_base(
     assert file.stat().st_size < 5000
     assert str(model_dir) not in file.read_bytes().decode("latin-1")  # nothing of the machine that made it
     tuner = ["--tuner", str(json.loads(json.dumps(read_ledger(run / "ledger.bin")[0]))["tuner"])]
-    words = tuner if method == "zo-finetuner" else []
+    words = tuner if method in ("zo-finetuner", "one-sided") else []
     assert call("apply", file, "--model", model_dir, "--out", tmp_path / "model", *words) == 0
     dtype = "bfloat16" if method == "half" else "float32"
     assert sha256_of(tmp_path / "model", dtype) == summary_of(run)["weights_sha256"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+MADE = "made"  # of a tuner's config: how it came about, where that was not by meta-training
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 TAGS = ("zotuner", "pertnn")  # by which tuners are found on the Hub
 # What models that come as a package were on the Hub. They are quantised there: their weights, dequantised, differ.
@@ -14,7 +15,7 @@ TEMPLATE = """---
 
 # Tuner for {base_model}
 
-Learned perturbation scales for zeroth-order fine-tuning: {count} PertNNs ({architecture}, granularity
+{scales} for zeroth-order fine-tuning: {count} {kind} ({architecture}, granularity
 {granularity}, Frobenius normalisation {normalized}), one a block of the base model{adapter}, {origin}.
 Use it on the base model, on its fine-tunes and merges, and on any task, with forward passes only.{weights}
 
@@ -70,12 +71,14 @@ def card(info: dict[str, Any]) -> str:
         front=yaml.safe_dump(front, sort_keys=False),
         base_model=info["base_model"] or "a model",
         weights=DEQUANTISED.format(name=info["base_model"], base=base) if info["base_model"] in ORIGINALS else "",
+        scales="Perturbation scales" if MADE in info["config"] else "Learned perturbation scales",
         count=len(info["blocks"]),
+        kind="fixed numbers" if info["architecture"] == "static" else "PertNNs",
         architecture=info["architecture"],
         granularity=info["granularity"],
         normalized=_normalized(info),
         adapter="" if info["adapter"] is None else f"'s adapter {adapter_line(info['adapter'])}",
-        origin=_origin(info),
+        origin=origin_of(info),
         config="\n".join(f"| {key} | {_cell(value)} |" for key, value in info["config"].items()) or "| - | - |",
         base_weights_sha256=info["base_weights_sha256"] or "not recorded",
         versions=", ".join(f"{name} {number}" for name, number in info["versions"].items()),
@@ -114,7 +117,10 @@ def _normalized(info: dict[str, Any]) -> str:
     return ("on" if rows is None else f"on with {rows} rows an embedding table") if info["normalized"] else "off"
 
 
-def _origin(info: dict[str, Any]) -> str:
+def origin_of(info: dict[str, Any]) -> str:
+    """How a tuner came about, in a few words; `info` as of `card`."""
+    if MADE in info["config"]:
+        return str(info["config"][MADE])
     imported = info["config"].get("imported_from")
     return f"imported from {imported}" if imported else f"meta-trained on {', '.join(info['tasks']) or 'no task yet'}"
 

@@ -10,6 +10,13 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin
 from pydantic.fields import FieldInfo
 from rich_argparse import RichHelpFormatter
 
+from zotuner.cli_controls import (
+    add_calibrate_options,
+    add_init_options,
+    add_measure_options,
+    add_static_options,
+    show_scales,
+)
 from zotuner.config import DTYPE, Config, FinetuneConfig, MetaTrainConfig
 from zotuner.errors import Interrupted, ZotunerError
 
@@ -67,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, metavar="DIR", help="a finished run of a zeroth-order method")
     export.add_argument("--out", required=True, type=Path, metavar="FILE", help="name.zoledger (required)")
     _add_apply_options(add("apply", _apply, "make the model that such a file describes, from its base"))
-    tuner = add("tuner", None, "list, pull, push, import and inspect tuners")
+    tuner = add("tuner", None, "list, pull, push, import, make and inspect tuners")
     actions = tuner.add_subparsers(required=True, metavar="ACTION")
     _add_list_options(add("list", _tuner_list, "list tuners: those with this package, then the Hub's", actions))
     _add_pull_options(add("pull", _tuner_pull, "bring a tuner of the Hub into a folder", actions))
@@ -76,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect_options(
         add("inspect", _tuner_inspect, "show a tuner's scales, and whether it is a fresh one", actions)
     )
+    add_init_options(add("init", _tuner_init, "make an untrained tuner: a control", actions))
+    add_static_options(add("static", _tuner_static, "make a tuner of a scale by hand for each type of block", actions))
+    text = "make a tuner of static scales from gradients and curvatures on a task, by backpropagation"
+    add_measure_options(add("measure", _tuner_measure, text, actions))
+    text = "make a tuner of static scales by forward passes alone; the same command goes on where it was"
+    add_calibrate_options(add("calibrate", _calibrate, text))
     report = add("report", _report, "show runs side by side")
     report.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="finished runs")
     report.add_argument("--plot", type=Path, metavar="FILE", help="write the loss curves as PNG")
@@ -344,6 +357,40 @@ def _tuner_inspect(arguments: argparse.Namespace) -> None:
 
     options = {"against": arguments.against, "model": arguments.model, "run": arguments.run_dir}
     inspect_tuner(arguments.tuner, plot_to=arguments.plot, **options)
+
+
+def _tuner_init(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.controls.commands import init
+
+    print(init(**_stated(arguments)))
+
+
+def _tuner_static(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.controls.commands import static
+
+    show_scales(*static(**{**_stated(arguments), "by_type": dict(arguments.by_type)}))
+
+
+def _tuner_measure(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.controls.commands import measured
+    from zotuner.progress import Display
+
+    show_scales(*measured(display=Display(), **_stated(arguments)))
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    _quiet()
+    from zotuner.controls.commands import calibrated
+    from zotuner.progress import Display
+
+    show_scales(*calibrated(display=Display(), **_stated(arguments)))
+
+
+def _stated(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if name != "run"}
 
 
 def _report(arguments: argparse.Namespace) -> None:

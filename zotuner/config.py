@@ -39,6 +39,7 @@ ONLY_NOISE = {"zo-adamu": "gaussian", "hizoo": "gaussian", "lozo": "low-rank"}  
 OWN = {"lozo": {"rank": 2, "factors": "gaussian", "resample_every": 50}}  # defaults other than below: the papers'
 KIND = Literal["gaussian", "rademacher"]
 NOISE = Literal["gaussian", "rademacher", "low-rank"]
+STATISTIC = Literal["gradient-curvature", "gradient"]  # what static scales are measured by
 DTYPE = Literal["float32", "bfloat16", "float16", "auto"]
 ADAPTER = Literal["none", "lora", "prefix", "prompt", "ia3"]
 ADAPTER_DEFAULTS: dict[str, dict[str, Any]] = {  # which options an adapter has (MeZO, arXiv:2305.17333, appendix)
@@ -142,8 +143,11 @@ class FinetuneConfig(Config):
     lr: float | None = Field(None, gt=0, allow_inf_nan=False, description=f"learning rate; by method: {DEFAULT_LR}")
     lr_schedule: Literal["constant", "linear"] = Field("constant", description="linear: to 0 over the run")
     micro_batch_size: int | None = Field(None, ge=1, description="examples a forward at most; default: the whole batch")
+    estimator: Literal["two-point", "one-sided"] | None = Field(
+        None, description="of zo-finetuner: two-point (default), or one-sided, which is fzoo's"
+    )
     num_perturbations: int = Field(8, ge=2, le=1 << 15, description="N of FZOO; a step costs N + 1 forwards")
-    noise: NOISE | None = Field(None, description="gaussian, or rademacher (fzoo's default)")
+    noise: NOISE | None = Field(None, description="gaussian, or rademacher (default of fzoo's estimator)")
     rank: int = Field(1, ge=1, le=1 << 16, description="of low-rank noise; lozo: 2")
     factors: KIND = Field("rademacher", description="distribution of low-rank noise's factors; lozo: gaussian")
     resample_every: int = Field(
@@ -207,6 +211,8 @@ class FinetuneConfig(Config):
             raise ValueError("method zo-finetuner needs --tuner (a folder, a Hub id, or auto)")
         if self.method != "zo-finetuner" and self.tuner is not None:
             raise ValueError(f"--tuner is for method zo-finetuner, not for {self.method}")
+        if self.method != "zo-finetuner" and self.estimator is not None:
+            raise ValueError(f"--estimator is for method zo-finetuner, not for {self.method}")
         if self.shots and self.method != "none":
             raise ValueError(f"--shots is for method none, which learns from its prompt alone, not for {self.method}")
         if self.objective is not None:
@@ -219,11 +225,13 @@ class FinetuneConfig(Config):
             raise ValueError(f"--noise {self.noise} is not for method {self.method}, whose noise is {only}")
         order = "first-order" if self.method in FIRST_ORDER else "zeroth-order"
         own = {key: value for key, value in OWN.get(self.method, {}).items() if key not in self.model_fields_set}
+        steps_like = "fzoo" if self.estimator == "one-sided" else self.method  # normalised by the spread of the losses
         fill = {
             **own,
+            "estimator": "two-point" if self.method == "zo-finetuner" and self.estimator is None else self.estimator,
             "engine": "in-place" if self.compile else self.engine,
-            "lr": self.lr if self.lr is not None else DEFAULT_LR.get(self.method),
-            "noise": self.noise or DEFAULT_NOISE.get(self.method, "gaussian"),
+            "lr": self.lr if self.lr is not None else DEFAULT_LR.get(steps_like),
+            "noise": self.noise or DEFAULT_NOISE.get(steps_like, "gaussian"),
             "eval_every": self.eval_every or max(1, -(-self.steps // 5)),
             "save_every": self.save_every or SAVE_EVERY[order],
         }
@@ -263,7 +271,9 @@ def forwards_per_step(config: FinetuneConfig) -> int:
         return 0
     if config.method in FIRST_ORDER:
         return 1
-    return {"fzoo": config.num_perturbations + 1, "hizoo": 3}.get(config.method, 2)
+    if config.method == "fzoo" or config.estimator == "one-sided":
+        return config.num_perturbations + 1
+    return 3 if config.method == "hizoo" else 2
 
 
 class MetaTrainConfig(Config):

@@ -11,17 +11,16 @@ so there is no graph over the parameters and no copy of the model, and a gradien
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zotuner import noise
-from zotuner.blocks import Block, find_blocks, pieces_of
+from zotuner.blocks import Block, find_blocks
 from zotuner.config import MetaTrainConfig
+from zotuner.gradients import block_dots
 from zotuner.optim.estimators import TwoPoint
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import normalize
@@ -54,27 +53,6 @@ class VirtualStep:
     def finite(self) -> bool:
         """Whether all of it can be used."""
         return math.isfinite(self.meta_loss) and bool(torch.isfinite(self.gradient).all())
-
-
-@contextmanager
-def block_dots(blocks: Sequence[Block], draw: Draw, dots: Tensor) -> Iterator[None]:
-    """While it lasts, a backward adds <grad_i, z_i> to `dots` (n,) and frees each gradient at once."""
-    pieces: dict[nn.Parameter, list[tuple[int, Any]]] = {}
-    for number, piece in pieces_of(blocks):
-        pieces.setdefault(piece.param, []).append((number, piece))
-
-    def consume(param: Tensor) -> None:
-        assert param.grad is not None
-        for number, piece in pieces[param]:  # type: ignore[index]
-            dots[number] += noise.dot(piece.of(param.grad), **draw.at(number, piece.start))
-        param.grad = None
-
-    handles = [param.register_post_accumulate_grad_hook(consume) for param in pieces]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def virtual_step(

@@ -2,6 +2,7 @@
 
     features (n, 5)  ->  FeatureSpec  ->  PertNNBank (n nets in one batched call)  ->  sigma (n,)  ->  normalize
 
+As a control, `StaticBank` has a number in place of each net.
 Source: ZO Fine-tuner, arXiv:2510.00419: Linear(5, 64) - Tanh - Linear(64, 1), and |.|, 449 weights a block.
 """
 
@@ -119,6 +120,38 @@ class PertNNBank(nn.Module):
         hidden = torch.tanh(torch.einsum("nhf,nf->nh", w1, x.to(w1.dtype)) + b1)
         out = (w2 * hidden).sum(dim=1) + b2
         return out.abs() if self.architecture == "abs" else out.exp()
+
+
+class StaticBank(nn.Module):
+    """A number a block in place of a net: scales that are the same whatever they are told.
+
+    Args:
+        sigma: (blocks,) raw scales, finite, not negative, not all 0.
+
+    Raises:
+        ValueError: Other numbers.
+
+    Example:
+        >>> StaticBank(torch.tensor([2.0, 0.5]))(torch.zeros(2, 5)).tolist()
+        [2.0, 0.5]
+    """
+
+    def __init__(self, sigma: Tensor) -> None:
+        super().__init__()
+        sigma = sigma.detach().float()
+        if not (bool(torch.isfinite(sigma).all()) and bool((sigma >= 0).all()) and bool((sigma > 0).any())):
+            raise ValueError(f"scales must be finite, not negative and not all 0, got {sigma.tolist()[:8]}")
+        self.sigma = nn.Parameter(sigma)
+
+    def forward(
+        self,
+        x: Tensor,  # (m, 5)
+        nets: Tensor | None = None,  # (m,) which number each row takes; None: all, in order
+    ) -> Tensor:  # (m,) raw sigma
+        return self.sigma.clone() if nets is None else self.sigma[nets]
+
+
+Bank = PertNNBank | StaticBank
 
 
 def normalize(

@@ -156,6 +156,21 @@ def check_tuner_out(out: Path, overwrite: bool) -> None:
         raise ZotunerError(f"{out}: holds a tuner; choose another --out, or pass --overwrite to replace it")
 
 
+def keep_tuner(tuner: Tuner, out: Path) -> str:
+    """Writes a tuner; returns a line that says so.
+
+    Raises:
+        ZotunerError: The folder cannot be written.
+    """
+    try:
+        tuner.save_pretrained(out)
+        size = (out / WEIGHTS).stat().st_size
+    except OSError as error:
+        raise ZotunerError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
+    info = tuner.info
+    return f"tuner for {len(info.blocks)} blocks of {info.base_model} written to {out} ({size / 1000:.1f} kB)"
+
+
 def write_tuner(imported: Imported, out: Path) -> list[str]:
     """Writes an imported tuner.
 
@@ -165,15 +180,11 @@ def write_tuner(imported: Imported, out: Path) -> list[str]:
     Raises:
         ZotunerError: The folder cannot be written.
     """
-    try:
-        imported.tuner.save_pretrained(out)
-        size = (out / WEIGHTS).stat().st_size
-    except OSError as error:
-        raise ZotunerError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
+    written = keep_tuner(imported.tuner, out)
     info = imported.tuner.info
     rows = "all" if info.embedding_rows is None else info.embedding_rows
     return [
-        f"tuner for {len(info.blocks)} blocks of {info.base_model} written to {out} ({size / 1000:.1f} kB)",
+        written,
         f"rows of an embedding table that the normalisation counts: {rows}",
         *(f"weights of the {name} layer: {spread}" for name, spread in zip(LAYERS, imported.spreads, strict=True)),
         *(f"dropped: the net of {name}, which is tied to a parameter with a net" for name in imported.dropped),

@@ -20,6 +20,7 @@ from zotuner.optim import (
     HiZOO,
     MeZO,
     MeZOAdam,
+    OneSided,
     ZOAdaMU,
     ZOFineTuner,
     ZOOptimizer,
@@ -69,6 +70,8 @@ def optimizer_for(config: FinetuneConfig, model: Any, tuner: Tuner | None) -> ZO
     given = {name: getattr(config, option) for name, option in ({name: name for name in SHARED} | options).items()}
     if tuner is not None:
         given["tuner"] = tuner
+    if config.estimator == "one-sided":
+        given["estimator"] = OneSided(config.num_perturbations)
     given["compute_dtype"] = compute_dtype(model.device) if config.dtype == "auto" else None
     return made(model, **given)
 

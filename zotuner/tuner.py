@@ -1,4 +1,4 @@
-"""The tuner: trained PertNNs as an artefact, a folder of `tuner.safetensors`, `tuner.json` and a model card."""
+"""The tuner, PertNNs or static scales, as an artefact: a folder of `tuner.safetensors`, `tuner.json` and a card."""
 
 import hashlib
 import platform
@@ -17,7 +17,7 @@ from zotuner.blocks import Block, Piece, find_blocks, moments
 from zotuner.card import adapter_line, card
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
-from zotuner.pertnn import FEATURES, HIDDEN, FeatureSpec, PertNNBank
+from zotuner.pertnn import FEATURES, Bank, FeatureSpec, PertNNBank, StaticBank
 from zotuner.remote import asking
 
 WEIGHTS, DESCRIPTION, CARD = "tuner.safetensors", "tuner.json", "README.md"
@@ -102,7 +102,7 @@ class TunerInfo(BaseModel):
     format_version: Literal[1] = 1
     base_model: str = ""
     base_weights_sha256: str = ""
-    architecture: Literal["abs", "exp"]
+    architecture: Literal["abs", "exp", "static"]  # of the nets; static: a number in place of each
     granularity: Literal["block", "layer"] = "block"
     normalized: bool = True
     embedding_rows: int | None = Field(None, ge=1, le=MOST_ROWS)
@@ -134,7 +134,7 @@ class TunerInfo(BaseModel):
 
 
 class Tuner:
-    """Frozen PertNNs of a model's blocks.
+    """Frozen PertNNs of a model's blocks, or a number in place of each.
 
     Args:
         info: What they are.
@@ -146,7 +146,7 @@ class Tuner:
         >>> opt = zotuner.ZOFineTuner(model, tuner, lr=1e-6)
     """
 
-    def __init__(self, info: TunerInfo, bank: PertNNBank, source: str = "") -> None:
+    def __init__(self, info: TunerInfo, bank: Bank, source: str = "") -> None:
         self.info = info
         self.bank = bank
         self.source = source
@@ -178,15 +178,25 @@ class Tuner:
         if architecture == "exp":
             mean, var = torch.tensor([moments(block) for block in blocks]).T
             spec = FeatureSpec.standardized(mean, var)
-        info = TunerInfo(
-            architecture=architecture,
-            granularity=granularity,
-            blocks=tuple(BlockInfo(name=block.name, numel=block.numel) for block in blocks),
-            features=FeatureInfo(**spec.to_dict()),
-            versions=versions(),
-            **about,
-        )
+        info = _info(blocks, spec, architecture=architecture, granularity=granularity, **about)
         return cls(info, PertNNBank(len(blocks), architecture, seed=seed))
+
+    @classmethod
+    def static(cls, model: nn.Module, sigma: Tensor, **about: Any) -> Self:
+        """Scales that are the same in every step: a control for learned ones.
+
+        Args:
+            model: Its trainable parameters count.
+            sigma: (n,) raw scales of its blocks, finite, not negative, not all 0.
+            **about: Further fields of `TunerInfo`.
+
+        Raises:
+            ValueError: Other scales, or another number of them.
+        """
+        blocks = find_blocks(model)
+        if sigma.shape != (len(blocks),):
+            raise ValueError(f"expected a scale for each of {len(blocks)} blocks, got {tuple(sigma.shape)}")
+        return cls(_info(blocks, FeatureSpec(), architecture="static", **about), StaticBank(sigma))
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -244,7 +254,7 @@ class Tuner:
         features: Tensor,  # (m, 5) raw: loss_plus, loss_minus, sigma_prev, mean, var
         nets: Tensor | None = None,  # (m,) from `nets_for`; None: one row a net, in order
     ) -> Tensor:  # (m,) raw sigma, float32
-        """The PertNNs' answer, before normalisation."""
+        """The bank's answer, before normalisation."""
         raw: Tensor = self.bank(self.spec(features.float()), nets)
         return raw
 
@@ -316,6 +326,15 @@ class Tuner:
         return str(commit.commit_url)
 
 
+def _info(blocks: Sequence[Block], spec: FeatureSpec, **about: Any) -> TunerInfo:
+    return TunerInfo(
+        blocks=tuple(BlockInfo(name=block.name, numel=block.numel) for block in blocks),
+        features=FeatureInfo(**spec.to_dict()),
+        versions=versions(),
+        **about,
+    )
+
+
 def versions() -> dict[str, str]:
     """What made a file: for its record."""
     from zotuner import __version__
@@ -368,7 +387,7 @@ def read_info(path: Path) -> TunerInfo:
         raise ZotunerError(f"{path}: {key}: {first['msg']}, got {str(first['input'])[:60]!r}") from None
 
 
-def _read_bank(path: Path, info: TunerInfo) -> PertNNBank:
+def _read_bank(path: Path, info: TunerInfo) -> Bank:
     try:
         weights = load_file(path)
     except FileNotFoundError:
@@ -376,17 +395,28 @@ def _read_bank(path: Path, info: TunerInfo) -> PertNNBank:
     except (SafetensorError, OSError) as error:
         raise ZotunerError(f"{path}: expected a whole safetensors file: {error}; get the file again") from None
     n = len(info.blocks)
-    with torch.device("meta"):
-        bank = PertNNBank(n, info.architecture)
+    bank = _blank(n, info.architecture)
     for name, param in bank.named_parameters():
         came = weights.get(name)
         if came is None or came.shape != param.shape or not came.is_floating_point():
             shape = None if came is None else tuple(came.shape)
             raise ZotunerError(
-                f"{path}: key {name}: expected a floating-point tensor {tuple(param.shape)} for {n} blocks of "
-                f"{HIDDEN} hidden units, got {shape}"
+                f"{path}: key {name}: expected a floating-point tensor {tuple(param.shape)} for {n} blocks, got {shape}"
             )
         if not torch.isfinite(came).all():
             raise ZotunerError(f"{path}: key {name}: expected finite weights, got infinities or NaN")
+    if isinstance(bank, StaticBank):
+        try:
+            return StaticBank(weights["sigma"])
+        except ValueError as error:
+            raise ZotunerError(f"{path}: key sigma: {error}") from None
     bank.load_state_dict({k: v.float() for k, v in weights.items() if k in dict(bank.named_parameters())}, assign=True)
     return bank
+
+
+def _blank(blocks: int, architecture: str) -> Bank:
+    """A bank whose tensors have the right names and shapes, and no values that count."""
+    if architecture == "static":
+        return StaticBank(torch.ones(blocks))
+    with torch.device("meta"):
+        return PertNNBank(blocks, architecture)

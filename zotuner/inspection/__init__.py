@@ -5,6 +5,7 @@ tuner (+ base model | run | another tuner)  ->  scales at chosen features  ->  t
 
 from pathlib import Path
 
+from zotuner.card import origin_of
 from zotuner.errors import ZotunerError
 from zotuner.inspection.figure import draw
 from zotuner.inspection.fresh import spread_of_fresh, tensors
@@ -18,6 +19,7 @@ from zotuner.inspection.tables import (
 )
 from zotuner.log import read_run, scales_table
 from zotuner.models import load_model
+from zotuner.pertnn import PertNNBank
 from zotuner.progress import stdout
 from zotuner.report import save_figure
 from zotuner.tuner import Tuner
@@ -56,13 +58,16 @@ def inspect_tuner(
         console.print(text, markup=False, highlight=False)
 
     info = tuner.info
-    origin = f"meta-trained on {' '.join(info.tasks)}" if info.tasks else "trained on: not stated"
-    say(f"{name}: {len(info.blocks)} nets ({info.architecture}, {info.granularity}) for {info.base_model}, {origin}")
+    origin = origin_of(info.model_dump())
+    say(f"{name}: {len(info.blocks)} blocks ({info.architecture}, {info.granularity}) of {info.base_model}, {origin}")
     say(f"{found.name} {found.told}")
     console.print(heat_map(found))
     console.print(sigma_table(found))
-    console.print(tensors_table(tensors(tuner)))
-    say(f"spread over blocks (std of log {found.name}): {found.spread:.4f}; {spread_of_fresh(tuner, base)}")
+    spread = f"spread over blocks (std of log {found.name}): {found.spread:.4f}"
+    if isinstance(tuner.bank, PertNNBank):
+        console.print(tensors_table(tensors(tuner)))
+        spread += f"; {spread_of_fresh(tuner, base)}"
+    say(spread)
     if other is not None:
         comparison = compare(found, sigmas(other, base))
         say(f"against {against}: {comparison.summary}")

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from zotuner.block_types import block_types
 from zotuner.blocks import find_blocks
 from zotuner.errors import ZotunerError
-from zotuner.log import block_types
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import FEATURES, FeatureSpec, normalize
 from zotuner.tuner import Tuner

@@ -8,9 +8,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from zotuner.block_types import block_types
 from zotuner.inspection.fresh import Weights
 from zotuner.inspection.sigma import LOSSES, Array, Comparison, Sigmas, geometric_mean
-from zotuner.log import block_types
 from zotuner.report import new_table
 
 LEVELS = 10  # one digit each

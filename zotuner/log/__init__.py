@@ -7,12 +7,11 @@ from pathlib import Path
 
 from zotuner.log.figure import draw, paint_scales
 from zotuner.log.run import Run, read_run
-from zotuner.log.scales import block_types
 from zotuner.log.tables import headline, scales_table, steps_table
 from zotuner.progress import stdout
 from zotuner.report import save_figure
 
-__all__ = ["Run", "block_types", "log", "paint_scales", "read_run", "scales_table"]
+__all__ = ["Run", "log", "paint_scales", "read_run", "scales_table"]
 
 
 def log(folder: Path, *, rows: int, plot_to: Path | None) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zotuner.block_types import block_types
 from zotuner.log.run import Run
-from zotuner.log.scales import block_types
 from zotuner.log.tables import headline
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
+from zotuner.block_types import block_types
 from zotuner.log.run import Evaluation, Run
-from zotuner.log.scales import Scales, block_types
+from zotuner.log.scales import Scales
 from zotuner.report import new_table, number
 
 START, SPAN = "start", "steps"

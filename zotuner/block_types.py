@@ -1,0 +1,28 @@
+"""The types that blocks are of, by their names."""
+
+from collections.abc import Sequence
+
+
+def block_types(names: Sequence[str]) -> dict[str, list[int]]:
+    """Which blocks are of one type: their names differ in the numbers alone, those of elements of a `ModuleList`.
+
+    Returns:
+        From a type's label to the numbers of its blocks, ordered by layer; types in the order of their first block.
+        A label is what follows the layer's number, or the whole name, `*` for a number, where that is no label of
+        its own.
+
+    >>> block_types(["emb.weight", "h.0.q.weight", "h.0.k.weight", "h.1.q.weight", "h.1.k.weight"])
+    {'emb.weight': [0], 'q.weight': [1, 3], 'k.weight': [2, 4]}
+    """
+    groups: dict[tuple[str, ...], list[tuple[tuple[int, ...], int]]] = {}
+    for index, name in enumerate(names):
+        parts = name.split(".")
+        layer = tuple(int(part) for part in parts if part.isdecimal())
+        groups.setdefault(tuple("*" if part.isdecimal() else part for part in parts), []).append((layer, index))
+    whole = {key: ".".join(key) for key in groups}
+    label = {key: ".".join(key[key.index("*") + 1 :]) if "*" in key[:-1] else whole[key] for key in groups}
+    taken = list(label.values())
+    return {
+        label[key] if taken.count(label[key]) == 1 else whole[key]: [index for _, index in sorted(members)]
+        for key, members in groups.items()
+    }
