@@ -18,4 +18,4 @@ run() { # name task [options]
 }
 
 for task in $tasks; do run "$task" "$task" --method none; done
-for task in $tasks; do run "$task-mezo" "$task" --method mezo --steps 20; done
+for task in $tasks; do run "$task-mezo" "$task" --method mezo --steps 20 --batch-size 4 --eval-size 100; done

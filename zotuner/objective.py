@@ -242,8 +242,12 @@ class Reward(Objective):
         self, model: Any, examples: Sequence[Example], prefix: Prefix | None = None, *, answers: bool = True
     ) -> Assessed:
         """As of `Objective`; the answers are always there."""
-        found = super().assess(model, examples, prefix).answers
-        assert found is not None
+        if self._generator is not None:
+            found = self._generated(model, examples, prefix)
+        else:
+            found = _best(
+                self._scorer.scores(model, self._scorer.batch(examples, prefix=prefix), prefix=prefix)[0], examples
+            )
         return Assessed(self._losses(found, examples), found)
 
     def _losses(self, answers: Sequence[str], examples: Sequence[Example]) -> Tensor:
