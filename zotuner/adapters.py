@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from zotuner.config import ADAPTER_DEFAULTS, Config
-from zotuner.errors import ZotunerError
+from zotuner.errors import ZotunerError, first_line
 from zotuner.tuner import AdapterInfo, Tuner
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         config = PeftConfig.from_pretrained(str(folder))
         weights = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ZotunerError(f"{folder}: cannot be read as an adapter: {_line(error)}") from None
+        raise ZotunerError(f"{folder}: cannot be read as an adapter: {first_line(error)}") from None
     config.inference_mode = False
     if config.is_prompt_learning:  # sizes are the model's own, so that those of another model are found out
         config.num_layers = config.token_dim = config.num_attention_heads = None
@@ -79,7 +79,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
                 raise ValueError(f"{ADAPTER_WEIGHTS}: key {name}: expected {tuple(tensor.shape)}")
         set_peft_model_state_dict(wrapped, weights)
     except (ValueError, RuntimeError) as error:
-        raise ZotunerError(f"{folder}: this adapter does not fit {type(model).__name__}: {_line(error)}") from None
+        raise ZotunerError(f"{folder}: this adapter does not fit {type(model).__name__}: {first_line(error)}") from None
     return wrapped
 
 
@@ -169,7 +169,7 @@ def _refusal(config: Config, model: Any, error: Exception) -> str:
     kind = type(model).__name__
     if "adapter_targets" in ADAPTER_DEFAULTS[config.adapter] and not config.adapter_targets:
         return f"peft knows no layers of {kind} to adapt; pass --adapter-targets: {_layers(model)}"
-    return f"peft cannot place it in {kind}: {_line(error)}"
+    return f"peft cannot place it in {kind}: {first_line(error)}"
 
 
 def _wrapped(model: Any, config: Any) -> Any:
@@ -206,7 +206,3 @@ def _layers(model: nn.Module) -> str:
         if isinstance(module, kinds[0]) or type(module).__name__ == kinds[1]
     ]
     return "its linear layers are named " + ", ".join(dict.fromkeys(named))
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -162,19 +162,19 @@ def _collate(candidates: Sequence[Candidate], labels: Sequence[int], limit: int,
     longest = max(len(row.ids) for row in rows)
     width = STATIC << max(0, math.ceil(math.log2(longest / STATIC))) if static else longest
     return Batch(
-        input_ids=_left_padded([row.ids for row in rows], pad, width),
-        segments=_left_padded([row.segments for row in rows], PADDING, width),
-        position_ids=_left_padded([row.positions for row in rows], 0, width),
+        input_ids=left_padded([row.ids for row in rows], pad, width),
+        segments=left_padded([row.segments for row in rows], PADDING, width),
+        position_ids=left_padded([row.positions for row in rows], 0, width),
         places=(torch.tensor(row_of), torch.tensor(column_of)),
-        predictors=_left_padded(predictors, 0),
-        targets=_left_padded([one.target for one in candidates], 0),
+        predictors=left_padded(predictors, 0),
+        targets=left_padded([one.target for one in candidates], 0),
         counts=torch.tensor([len(one.target) for one in candidates]),
         cell=(torch.tensor([one.example for one in candidates]), torch.tensor([one.number for one in candidates])),
         labels=torch.tensor(labels),
     )
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad: int, width: int = 0) -> Tensor:
+def left_padded(rows: Sequence[Sequence[int]], pad: int, width: int = 0) -> Tensor:
     """(rows, longest or width) int64."""
     width = max(width, *map(len, rows))
     return torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])

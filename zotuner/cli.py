@@ -16,6 +16,7 @@ from zotuner.cli_controls import (
     add_measure_options,
     add_static_options,
     show_scales,
+    whole,
 )
 from zotuner.config import DTYPE, Config, FinetuneConfig, MetaTrainConfig
 from zotuner.errors import Interrupted, ZotunerError
@@ -23,6 +24,8 @@ from zotuner.errors import Interrupted, ZotunerError
 C = TypeVar("C", bound=Config)
 
 EXIT_SOME_FAILED, EXIT_BAD_INPUT, EXIT_SIGNAL, EXIT_INTERRUPTED = 1, 2, 128, 130
+
+_count = whole(1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,12 +196,6 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, metavar="D", help="read D/<task>/{train,validation,test}.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, dest="plot_to", metavar="FILE", help="write them as PNG")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:

@@ -20,7 +20,7 @@ def add_init_options(parser: argparse.ArgumentParser) -> None:
     _add_made_options(parser)
     text = "exp is MeZO until it is trained (%(default)s)"
     parser.add_argument("--architecture", choices=["abs", "exp"], default="abs", help=text)
-    parser.add_argument("--seed", type=_whole(0, 1 << 63), default=0, help="of the nets' weights (%(default)s)")
+    parser.add_argument("--seed", type=whole(0, 1 << 63), default=0, help="of the nets' weights (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a tuner in --out (off)")
 
 
@@ -36,7 +36,7 @@ def add_measure_options(parser: argparse.ArgumentParser) -> None:
     """Of `zotuner tuner measure`."""
     _add_made_options(parser)
     _add_estimate_options(parser)
-    parser.add_argument("--batches", type=_whole(2), default=16, help="that share no example (%(default)s)")
+    parser.add_argument("--batches", type=whole(2), default=16, help="that share no example (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a tuner in --out (off)")
 
 
@@ -44,7 +44,7 @@ def add_calibrate_options(parser: argparse.ArgumentParser) -> None:
     """Of `zotuner calibrate`."""
     _add_made_options(parser)
     _add_estimate_options(parser)
-    parser.add_argument("--forwards", type=_whole(1), default=400, help="at most, in whole rounds (%(default)s)")
+    parser.add_argument("--forwards", type=whole(1), default=400, help="at most, in whole rounds (%(default)s)")
     text = "what is perturbed together: types, block (each alone), or so many random groups of blocks (%(default)s)"
     parser.add_argument("--groups", default="types", metavar="types|block|K", help=text)
     dtypes = [name for name in get_args(DTYPE) if name != "auto"]
@@ -56,9 +56,9 @@ def _add_estimate_options(parser: argparse.ArgumentParser) -> None:
     text, choices = "sigma^2 ~ (G / C)^power or (G / d)^power (%(default)s)", get_args(STATISTIC)
     parser.add_argument("--statistic", choices=choices, default=choices[0], help=text)
     parser.add_argument("--power", type=_positive, default=0.5, help="0 would be MeZO (%(default)s)")
-    parser.add_argument("--batch-size", type=_whole(1), default=16, help="examples (%(default)s)")
+    parser.add_argument("--batch-size", type=whole(1), default=16, help="examples (%(default)s)")
     parser.add_argument("--eps", type=_positive, default=1e-3, help="size of a perturbation (%(default)s)")
-    parser.add_argument("--seed", type=_whole(0, 1 << 63), default=0, help="of noise, data and batches (%(default)s)")
+    parser.add_argument("--seed", type=whole(0, 1 << 63), default=0, help="of noise, data and batches (%(default)s)")
     parser.add_argument("--data-dir", type=Path, metavar="D", help="read D/<task>/{train,validation,test}.jsonl")
 
 
@@ -77,7 +77,7 @@ def show_scales(tuner: Any, written: str) -> None:
     stdout().print(scales_table(Scales(tuner.block_names, np.zeros(1, np.int64), sigma.numpy()[None])))
 
 
-def _whole(least: int, below: int | None = None) -> Callable[[str], int]:
+def whole(least: int, below: int | None = None) -> Callable[[str], int]:
     """Reads a whole number within bounds."""
 
     def read(text: str) -> int:

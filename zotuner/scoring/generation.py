@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotuner.batch import left_padded
 from zotuner.scoring.causal import CausalScorer
 from zotuner.scoring.prefix import Prefix
 
@@ -48,11 +49,10 @@ class Generator:
     def prompts(self, texts: Sequence[str]) -> Prompts:
         """Tokenises and pads."""
         rows = [self._scorer.prompt(text, self._most) for text in texts]
-        width = max(map(len, rows))
         pad = self._tokenizer.pad_token_id or 0
         return Prompts(
-            torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows]),
-            torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+            left_padded(rows, pad),
+            left_padded([[1] * len(row) for row in rows], 0),
         )
 
     @torch.no_grad()

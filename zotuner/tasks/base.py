@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from zotuner.errors import ZotunerError
+from zotuner.errors import ZotunerError, first_line
 from zotuner.metrics import read_rows
 from zotuner.tasks.scores import Example, Mean, Metric, right
 from zotuner.tasks.tables import read_table
@@ -153,7 +153,7 @@ class Task(ABC):
             found = load_dataset(repository, configuration or None, split=self.sources.get(split, split))
             return [dict(row) for row in found]
         except Exception as error:  # datasets, huggingface_hub and their HTTP client raise dozens of kinds
-            reason = str(error).strip().split("\n")[0]
+            reason = first_line(error)
             raise ZotunerError(
                 f"task {self.name}: cannot be had from the Hub ({repository}: {reason}); "
                 f"go online, or pass --data-dir D with D/{self.name}/{split}.jsonl"

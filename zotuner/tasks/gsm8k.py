@@ -22,18 +22,23 @@ def worked(question: str, answer: str) -> Example:
     return Example(f"Question: {question.strip()}\nAnswer:", (f" {text}{STOP}",), label=0, answers=(final,))
 
 
-class Gsm8k(Task):
-    """Grade School Math (Cobbe et al. 2021), the prompt of SQuAD without its paragraph."""
+class Worked(Task):
+    """A task of `worked` problems, judged by their final answer."""
 
-    name = "gsm8k"
-    hub = ("openai/gsm8k", "main")
-    fields = {"question": str, "answer": str}
     loss = "language-modelling"
     metrics = {"em": Mean(gsm8k_em)}
     generates = True
     max_new_tokens = 256
     stop = STOP
     test_split = "test"
+
+
+class Gsm8k(Worked):
+    """Grade School Math (Cobbe et al. 2021), the prompt of SQuAD without its paragraph."""
+
+    name = "gsm8k"
+    hub = ("openai/gsm8k", "main")
+    fields = {"question": str, "answer": str}
 
     def example(self, row: Row) -> Example:
         """As `worked`."""

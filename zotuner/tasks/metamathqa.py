@@ -4,13 +4,13 @@ r"""MetaMathQA: GSM8K's and MATH's problems, reworded and answered by a language
  "original_question": "[...]", "response": "The distance between two points [...]\nThe answer is: \\sqrt{5}"}
 """
 
-from zotuner.tasks.base import Row, Task
-from zotuner.tasks.generated import final_answer, gsm8k_em
-from zotuner.tasks.gsm8k import STOP, Gsm8k, worked
-from zotuner.tasks.scores import Example, Mean
+from zotuner.tasks.base import Row
+from zotuner.tasks.generated import final_answer
+from zotuner.tasks.gsm8k import Gsm8k, Worked, worked
+from zotuner.tasks.scores import Example
 
 
-class MetaMathQA(Task):
+class MetaMathQA(Worked):
     """GSM8K's and MATH's problems, reworded (Yu et al. 2023, arXiv:2309.12284); test rows and prompt are GSM8K's.
 
     A training row that states no final answer is dropped.
@@ -19,12 +19,6 @@ class MetaMathQA(Task):
     name = "metamathqa"
     hub = ("meta-math/MetaMathQA", "default")
     fields = {"query": str, "response": str}
-    loss = "language-modelling"
-    metrics = {"em": Mean(gsm8k_em)}
-    generates = True
-    max_new_tokens = 256
-    stop = STOP
-    test_split = "test"
 
     def example(self, row: Row) -> Example:
         """As `gsm8k.worked`."""
