@@ -159,8 +159,8 @@ def test_a_padded_batch_has_the_scores_of_unpadded_rows_by_pefts_own_forward(
 ) -> None:
     model = lively(MAKES[name], kind)
     batch = objective.batch(EXAMPLES)
-    assert (batch.attention_mask == 0).any()
-    assert batch.plain is not None  # rows hold several candidates; no warning says that they could not
+    assert batch.plain is not None  # rows hold several candidates and examples; no warning says that they could not
+    assert (batch.plain.attention_mask == 0).any()
     came = objective.scores(model, batch)
     for e, example in enumerate(EXAMPLES):
         for c, text in enumerate(example.candidates):
@@ -235,7 +235,9 @@ def test_what_further_forwards_take_is_compared_with_the_whole_model(objective: 
     opt = FZOO(model, lr=0.0, num_perturbations=3, branch_threads=1)
     opt.step(closure)
     assert max(asked) == 4  # the frozen weights are large beside the activations, the adapter's tensors are not
-    assert opt._perturber._widest >= batch.input_ids.shape[0] * batch.last * 400 * 4  # of a layer that stays as it is
+    assert (
+        opt._perturber._widest >= batch.input_ids.shape[0] * len(batch.columns) * 400 * 4
+    )  # of a layer that stays as it is
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

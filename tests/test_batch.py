@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zotuner.batch import PADDING, Batch, Candidate, Ids, Row, arrange, collate
+from zotuner.batch import PADDING, Batch, Candidate, Ids, Row, arrange, binned, collate, cost
 
 PROMPT = (7, 8, 9)
 PATHS = ((*PROMPT, 1, 2), (*PROMPT, 3), PROMPT)  # two remainders, and a path that is the prefix itself
@@ -71,9 +71,30 @@ def test_a_batch_is_packed_only_where_that_leaves_less_to_compute(examples: list
     if batch.plain is None:
         assert int(batch.segments.max()) == 0
     else:
-        assert int(batch.segments.max()) >= 2
+        assert int(batch.segments.max()) >= 1
         assert int(batch.plain.segments.max()) == 0
         assert batch.input_ids.numel() < batch.plain.input_ids.numel()
+
+
+@given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=20))
+def test_rows_behind_each_other_cost_no_more_than_padding(lengths: list[int]) -> None:
+    bins = binned(lengths)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    width = max(sum(lengths[i] for i in members) for members in bins)
+    assert cost(len(bins), width) <= cost(len(lengths), max(lengths))
+
+
+def test_short_rows_make_one_and_long_ones_stay_alone() -> None:
+    assert len(binned([30, 10, 12, 9, 11, 8])) == 1
+    assert len(binned([1000, 990, 980])) == 3
+    assert sorted(map(len, binned([1000, 400, 300, 250]))) == [1, 3]
+
+
+def test_only_columns_that_predict_are_told() -> None:
+    """In a row of several examples these are not the last ones."""
+    batch = batch_of(((1, 2, 3),), ((4, 5, 6, 7, 8),))
+    assert batch.input_ids.tolist() == [[4, 5, 6, 7, 8, 1, 2, 3]]
+    assert batch.columns.tolist() == [-5, -4, -2, -1]
 
 
 def test_remainders_follow_the_prefix_in_order() -> None:
@@ -93,16 +114,28 @@ def test_a_limit_opens_another_row_with_the_same_prefix() -> None:
 
 
 def test_a_remainder_does_not_see_another() -> None:
+    visible = batch_of(((5, 1, 2), (5, 3))).visible()
+    assert visible[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+
+
+def test_an_example_does_not_see_the_one_before_it_in_its_row() -> None:
     batch = batch_of(((5, 1, 2), (5, 3)), ((4,),))
-    assert batch.segments.tolist() == [[0, 1, 1, 2], [PADDING, PADDING, PADDING, 0]]
-    assert batch.visible()[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
-    assert batch.visible()[1, -1].tolist() == [False, False, False, True]
+    assert batch.input_ids.tolist() == [[5, 1, 2, 3, 4]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 1, 0]]
+    assert batch.visible()[0, -1].tolist() == [False, False, False, False, True]
+
+
+def test_padding_is_not_seen_and_all_see_themselves() -> None:
+    batch = batch_of(((5, 1, 2), (5, 3)), ((4,),)).plain
+    assert batch is not None
+    assert batch.segments.tolist() == [[0, 0, 0], [PADDING, 0, 0], [PADDING, PADDING, 0]]
+    assert batch.visible()[2, -1].tolist() == [False, False, True]
     assert bool(batch.visible().diagonal(dim1=1, dim2=2).all())
 
 
 def test_equal_paths_of_different_examples_are_computed_once() -> None:
     batch = batch_of(PATHS, PATHS)
-    assert batch.input_ids.shape[0] == 1
+    assert batch.tokens == 6
     assert batch.plain is not None
     assert batch.plain.input_ids.shape[0] == 2
     assert batch.cell[0].tolist() == [0, 0, 0, 1, 1, 1]
@@ -129,4 +162,5 @@ def test_static_batches_have_one_of_a_few_lengths(longest: int, length: int) -> 
     free = collate(candidates, [0, 0], max_length=1000, pad=0)
     assert batch.input_ids.shape[1] == length
     assert batch.tokens == free.tokens
-    assert torch.equal(batch.places[1], free.places[1])  # counted from the end, where nothing has moved
+    plain = free.plain or free
+    assert torch.equal(batch.places[1], plain.places[1])  # counted from the end, where nothing has moved

@@ -150,29 +150,34 @@ def test_scores_do_not_depend_on_what_else_is_in_the_batch(model: Any, tokenizer
     torch.testing.assert_close(together, torch.cat(alone), atol=TOLERANCE, rtol=0)
 
 
+def beginnings(batch: Any) -> int:
+    """Paths that begin in a batch: in a row of several examples, one for each."""
+    return int(((batch.position_ids == 0) & (batch.attention_mask == 1)).sum())
+
+
 def test_candidates_of_one_token_share_their_prompts_row(tokenizer: Any) -> None:
     assert all(len(tokenizer.tokenize(text)) == 1 for example in ONE for text in example.candidates)
     batch = Objective(task_of("classification"), tokenizer).batch(ONE)
-    assert batch.input_ids.shape[0] == len(ONE)
-    assert batch.places[0][batch.predictors[:, 0]].tolist() == [0, 0, 1, 1, 2, 2]
-    longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in ONE)
-    assert batch.input_ids.shape[1] == longest
+    assert beginnings(batch) == len(ONE)
+    assert batch.predictors[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.tokens == sum(len(tokenizer(example.prompt)["input_ids"]) for example in ONE)
 
 
 def test_candidates_of_several_tokens_share_a_row_and_equal_ones_are_computed_once(tokenizer: Any) -> None:
     objective = Objective(task_of("classification"), tokenizer)
     for batch in (objective.batch(MANY), objective.batch(MANY + MANY)):
-        assert batch.input_ids.shape[0] == len(MANY)
+        assert beginnings(batch) == len(MANY)
         assert batch.plain is not None
         assert batch.plain.input_ids.shape[0] == 2 * len(MANY) - 1  # " no" is one token: the other's row predicts it
 
 
 def test_language_modelling_trains_on_the_right_candidates_alone(tokenizer: Any) -> None:
     batch = Objective(task_of("language-modelling"), tokenizer).training_batch(MANY)
-    assert batch.input_ids.shape[0] == len(MANY)
+    assert beginnings(batch) == len(MANY)
     assert batch.cell[0].tolist() == [0, 1, 2]
     texts = [example.prompt + example.candidates[example.label] for example in MANY]
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    plain = batch.plain or batch
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(plain.input_ids, plain.attention_mask, strict=True)]
     assert rows == [tokenizer(text)["input_ids"][:-1] for text in texts]
 
 
@@ -335,7 +340,7 @@ class _Spy(torch.nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: Any = 0,
     ) -> Any:
         options = {"position_ids": position_ids, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
         self.calls.append({"input_ids": input_ids, "attention_mask": attention_mask, **options})
@@ -355,10 +360,15 @@ class _Bare(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_the_head_runs_on_no_more_positions_than_the_longest_candidate(model: Any, tokenizer: Any) -> None:
+def test_the_head_runs_on_no_more_positions_than_predict(model: Any, tokenizer: Any) -> None:
     objective = Objective(task_of("classification"), tokenizer)
     spy = _Spy(model)
     objective.scores(spy, objective.batch(ONE))
+    packed = spy.calls[-1]
+    assert packed["input_ids"].shape[0] == 1
+    assert len(packed["logits_to_keep"]) == len(ONE)
+    spy.calls.clear()
+    objective.scores(spy, objective.batch(ONE[:1]))
     assert len(spy.calls) == 1
     assert spy.calls[0]["logits_to_keep"] == 1
     assert spy.calls[0]["use_cache"] is False
@@ -456,14 +466,14 @@ def test_one_model_that_cannot_does_not_keep_another_from_it(tokenizer: Any, mod
 @pytest.mark.parametrize("name", ["sliding_window", "window_size", "attention_chunk_size"])
 @torch.no_grad()
 def test_rows_longer_than_the_models_attention_are_plain(tokenizer: Any, name: str) -> None:
-    """A mask of 4 dimensions would stand in place of the window."""
+    """A mask of 4 dimensions would stand in place of the window, which no path must be longer than."""
     inner = tiny_llama(vocab_size=len(tokenizer))
     spy = _Spy(inner)
     spy.config = inner.config
     objective = Objective(task_of("classification"), tokenizer)
     batch = objective.batch(MANY)
-    width = batch.input_ids.shape[1]
-    for window, dimensions in ((width - 1, 2), (width, 4)):
+    assert batch.path_length < batch.input_ids.shape[1]
+    for window, dimensions in ((batch.path_length - 1, 2), (batch.path_length, 4)):
         setattr(inner.config, name, window)
         objective.scores(spy, batch)
         assert spy.calls[-1]["attention_mask"].ndim == dimensions
@@ -493,7 +503,7 @@ def test_tokens_that_merge_over_the_boundary_are_predicted_from_where_they_begin
 def test_truncation_keeps_in_packed_rows_what_plain_ones_keep(model: Any, tokenizer: Any, max_length: int) -> None:
     objective = Objective(task_of("classification"), tokenizer, max_length=max_length)
     batch = objective.batch(MANY)
-    assert batch.input_ids.shape[1] <= max_length
+    assert batch.path_length <= max_length
     for row, example in zip(objective.scores(model, batch).tolist(), MANY[:2], strict=False):
         if max_length >= 26:  # otherwise a candidate is longer than its row
             assert row == pytest.approx(slow_scores(model, tokenizer, example, max_length), abs=TOLERANCE)
@@ -561,12 +571,11 @@ def test_micro_batches_hold_every_example_once_and_are_padded_to_their_own_longe
     batches = objective.training_batches(MANY + ONE + RAGGED, size)
     assert [len(batch.labels) for batch in batches] == sizes
     assert sum(shares(batches)) == pytest.approx(1.0)
-    widths = [batch.input_ids.shape[1] for batch in batches]
-    assert widths == sorted(widths)
+    lengths = [batch.path_length for batch in batches]
+    assert lengths == sorted(lengths)
     whole = objective.training_batch(MANY + ONE + RAGGED)
     assert Counter(x for batch in batches for x in batch.labels.tolist()) == Counter(whole.labels.tolist())
     assert all(bool((batch.segments[:, 0] == 0).any()) for batch in batches)
-    assert len(batches) == 1 or sum(batch.input_ids.numel() for batch in batches) < whole.input_ids.numel()
 
 
 @pytest.mark.parametrize("branches", [1, 3])

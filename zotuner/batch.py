@@ -1,8 +1,10 @@
-"""From candidates as tokens to a batch: rows in which what candidates share stands once.
+"""From candidates as tokens to a batch: rows without what need not be computed.
 
-    candidates of an example: prefix + remainders  ->  row: prefix, remainder 1, remainder 2, ...  ->  padded tensors
+    candidates of an example: prefix + remainders  ->  row: prefix, remainder 1, remainder 2, ...
+    rows of all examples  ->  several behind each other, where that takes less than padding  ->  padded tensors
 
-A remainder sees the prefix and itself, and its positions go on from the prefix, as if the others were not there.
+A remainder sees the prefix and itself, and its positions go on from the prefix, as if the others were not there; one
+example does not see another.
 """
 
 import math
@@ -15,7 +17,8 @@ from torch import Tensor
 
 Ids = tuple[int, ...]
 STATIC = 32  # tokens: the shortest of the lengths that static batches have; each is twice the one before
-PADDING = -1  # the segment of what is no token; 0 is the prefix, i the i-th remainder
+PADDING = -1  # the segment of what is no token
+REACH = 2048  # tokens: in a row of so many, attention takes about as long as the products (SmolLM2-135M, 2 cores)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Batch:
     """Rows padded on the left, and where in them each candidate is predicted."""
 
     input_ids: Tensor  # (rows, length) int64
-    segments: Tensor  # (rows, length) int64: PADDING, 0 for a prefix, i for the i-th remainder
+    segments: Tensor  # (rows, length) int64: PADDING, or a number for each prefix and each remainder of a row
+    prefixes: Tensor  # (rows, length) int64: the segment of the prefix before each token, or its own
     position_ids: Tensor  # (rows, length) int64
     places: tuple[Tensor, Tensor]  # (places,) twice: the row, and the column from the end, of all that predict
     predictors: Tensor  # (candidates, longest) int64, padded on the left: the place that predicts each target
@@ -77,7 +81,7 @@ class Batch:
     counts: Tensor  # (candidates,) tokens of each candidate
     cell: tuple[Tensor, Tensor]  # (candidates,) twice: example, and candidate within it
     labels: Tensor  # (examples,) the right candidate
-    plain: "Batch | None" = None  # the same candidates in rows without remainders, where this batch has some
+    plain: "Batch | None" = None  # the same candidates, a path a row, where this batch has fewer rows
 
     @property
     def attention_mask(self) -> Tensor:
@@ -90,30 +94,36 @@ class Batch:
         return int(self.attention_mask.sum())
 
     @property
-    def last(self) -> int:
-        """At how many columns, from the end, something is predicted."""
-        return -int(self.places[1].min())
+    def path_length(self) -> int:
+        """Tokens of the longest path."""
+        return int(self.position_ids.max()) + 1
+
+    @property
+    def columns(self) -> Tensor:
+        """(columns,) int64, from the end, ascending: where some row predicts something."""
+        columns: Tensor = self.places[1].unique(sorted=True)
+        return columns
 
     def visible(self) -> Tensor:
         """(rows, length, length) bool: whether a token, second index, sees another, third index; all see themselves."""
-        seen, seeing = self.segments[:, None, :], self.segments[:, :, None]
-        return ((seen == 0) | (seen == seeing)).tril()
+        seen = self.segments[:, None, :]
+        return ((seen == self.segments[:, :, None]) | (seen == self.prefixes[:, :, None])).tril()
 
 
 def collate(
     candidates: Sequence[Candidate], labels: Sequence[int], *, max_length: int, pad: int, static: bool = False
 ) -> Batch:
-    """The batch of some examples; rows are packed where that leaves less to compute, padding included.
+    """The batch of some examples; rows are packed where that leaves less to compute, padding and attention included.
 
     Args:
         candidates: At least one an example, in order.
         labels: The right candidate of each example.
-        max_length: Tokens that a packed row may have.
+        max_length: Tokens that a row of one example may have.
         pad: The token of the padding.
-        static: Pad to a length of 32, 64, 128, ... tokens.
+        static: Pad to a length of 32, 64, 128, ... tokens; a row an example.
     """
     packed, plain = (_collate(candidates, labels, limit, pad, static) for limit in (max_length, 0))
-    return replace(packed, plain=plain) if packed.input_ids.numel() < plain.input_ids.numel() else plain
+    return replace(packed, plain=plain) if cost(*packed.input_ids.shape) < cost(*plain.input_ids.shape) else plain
 
 
 def arrange(paths: Sequence[Ids], limit: int) -> dict[Ids, Row]:
@@ -145,26 +155,62 @@ def common(paths: Sequence[Ids]) -> int:
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, paths)))
 
 
+def binned(lengths: Sequence[int]) -> list[list[int]]:
+    """Which rows stand behind each other: numbers of rows by the row that they make together.
+
+    First fit, the longest first, into rows of the length that costs least: the longest that there is, 2 times, 4 times,
+    ..., all of them.
+    """
+    longest, total = max(lengths), sum(lengths)
+    sizes = [longest << i for i in range((total // longest).bit_length())] + [total]
+    return min((_filled(lengths, size) for size in sizes), key=lambda bins: cost(len(bins), _widest(lengths, bins)))
+
+
+def _filled(lengths: Sequence[int], size: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = next((i for i, free in enumerate(room) if lengths[number] <= free), len(bins))
+        if at == len(bins):
+            bins.append([])
+            room.append(size)
+        bins[at].append(number)
+        room[at] -= lengths[number]
+    return bins
+
+
+def _widest(lengths: Sequence[int], bins: Sequence[Sequence[int]]) -> int:
+    return max(sum(lengths[i] for i in members) for members in bins)
+
+
+def cost(rows: int, width: int) -> float:
+    """What a forward takes, in tokens of a short row."""
+    return rows * width * (1 + width / REACH)
+
+
 def _collate(candidates: Sequence[Candidate], labels: Sequence[int], limit: int, pad: int, static: bool) -> Batch:
     by_example: dict[int, list[Ids]] = {}
     for one in candidates:
         by_example.setdefault(one.example, []).append(one.path)
     arranged = {example: arrange(paths, limit) for example, paths in by_example.items()}
-    rows: dict[Row, int] = {}
+    rows = list(dict.fromkeys(arranged[one.example][one.path] for one in candidates))
+    bins = binned([len(row.ids) for row in rows]) if limit and not static else [[i] for i in range(len(rows))]
+    place_of, joined = _joined([[rows[i] for i in members] for members in bins])
     places: dict[tuple[int, int], int] = {}
     predictors: list[list[int]] = []
     for one in candidates:
         row = arranged[one.example][one.path]
-        number = rows.setdefault(row, len(rows))
+        number, shift = place_of[row]
         columns = row.columns(one.path)[-len(one.target) :]
-        predictors.append([places.setdefault((number, column), len(places)) for column in columns])
+        predictors.append([places.setdefault((number, column - shift), len(places)) for column in columns])
     row_of, column_of = zip(*places, strict=True)
-    longest = max(len(row.ids) for row in rows)
+    longest = max(len(row) for row in joined["input_ids"])
     width = STATIC << max(0, math.ceil(math.log2(longest / STATIC))) if static else longest
     return Batch(
-        input_ids=left_padded([row.ids for row in rows], pad, width),
-        segments=left_padded([row.segments for row in rows], PADDING, width),
-        position_ids=left_padded([row.positions for row in rows], 0, width),
+        input_ids=left_padded(joined["input_ids"], pad, width),
+        segments=left_padded(joined["segments"], PADDING, width),
+        prefixes=left_padded(joined["prefixes"], PADDING, width),
+        position_ids=left_padded(joined["position_ids"], 0, width),
         places=(torch.tensor(row_of), torch.tensor(column_of)),
         predictors=left_padded(predictors, 0),
         targets=left_padded([one.target for one in candidates], 0),
@@ -172,6 +218,25 @@ def _collate(candidates: Sequence[Candidate], labels: Sequence[int], limit: int,
         cell=(torch.tensor([one.example for one in candidates]), torch.tensor([one.number for one in candidates])),
         labels=torch.tensor(labels),
     )
+
+
+def _joined(bins: Sequence[Sequence[Row]]) -> tuple[dict[Row, tuple[int, int]], dict[str, list[list[int]]]]:
+    """Rows behind each other: of each, where it stands (the row made, tokens behind it), and the rows made."""
+    made: dict[str, list[list[int]]] = {name: [] for name in ("input_ids", "segments", "prefixes", "position_ids")}
+    place_of: dict[Row, tuple[int, int]] = {}
+    for number, members in enumerate(bins):
+        for rows in made.values():
+            rows.append([])
+        first, behind = 0, sum(len(row.ids) for row in members)
+        for row in members:
+            behind -= len(row.ids)
+            place_of[row] = number, behind
+            made["input_ids"][-1] += row.ids
+            made["segments"][-1] += [first + segment for segment in row.segments]
+            made["prefixes"][-1] += [first] * len(row.ids)
+            made["position_ids"][-1] += row.positions
+            first += 1 + len(row.remainders)
+    return place_of, made
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, width: int = 0) -> Tensor:

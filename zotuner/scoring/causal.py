@@ -25,9 +25,9 @@ WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")  # names tha
 class CausalScorer:
     """Scores of candidates under a causal model.
 
-    Rows that hold several candidates need a model that honours a mask of 4 dimensions and positions of our own; a
-    prefix computed beforehand needs one that goes on from its cache. The first such batch is scored both ways, once a
-    model; where the scores differ, the plain way is taken from then on.
+    Rows that hold several candidates or examples need a model that honours a mask of 4 dimensions and positions of our
+    own; a prefix computed beforehand needs one that goes on from its cache. The first such batch is scored both ways,
+    once a model; where the scores differ, the plain way is taken from then on.
 
     Args:
         tokenizer: A fast one, of transformers.
@@ -140,7 +140,7 @@ class CausalScorer:
         """The batch itself, or its candidates in rows of their own if the model does not read it right."""
         if batch.plain is None:
             return batch
-        length = batch.input_ids.shape[1] + (0 if prefix is None else len(prefix.ids))
+        length = batch.path_length + (0 if prefix is None else len(prefix.ids))
         if not accepts(model)("position_ids") or length > _window(model):
             return batch.plain
         if model not in self._packs:
@@ -150,13 +150,17 @@ class CausalScorer:
 
 def _scores(model: Any, batch: Batch, branches: int, prefix: Prefix | None) -> list[Tensor]:
     """The scores of each branch; what is as large as the vocabulary is made for one branch at a time."""
+    columns = batch.places[1]
+    if accepts(model)("logits_to_keep"):  # the logits are of these columns alone
+        columns = torch.searchsorted(batch.columns, columns)
     rows, columns, predictors, targets, counts, example, number = (
-        x.to(model.device) for x in (*batch.places, batch.predictors, batch.targets, batch.counts, *batch.cell)
+        x.to(model.device)
+        for x in (batch.places[0], columns, batch.predictors, batch.targets, batch.counts, *batch.cell)
     )
     longest = targets.shape[1]
     scored = torch.arange(longest, device=model.device) >= longest - counts[:, None]
     tables = []
-    for logits in _logits(model, batch, branches, prefix).chunk(branches):  # (rows, last, vocabulary)
+    for logits in _logits(model, batch, branches, prefix).chunk(branches):  # (rows, kept columns, vocabulary)
         log_probs = torch.log_softmax(logits[rows, columns].float(), dim=-1)  # (places, vocabulary)
         sums = (log_probs[predictors, targets] * scored).sum(dim=1)
         table = sums.new_full((len(batch.labels), int(batch.cell[1].max()) + 1), -torch.inf)
@@ -165,7 +169,7 @@ def _scores(model: Any, batch: Batch, branches: int, prefix: Prefix | None) -> l
 
 
 def _logits(model: Any, batch: Batch, branches: int, prefix: Prefix | None) -> Tensor:
-    """Logits, (branches * rows, columns, vocabulary); of the last columns alone where the model can."""
+    """Logits, (branches * rows, columns, vocabulary); of the columns that predict alone where the model can."""
     has = accepts(model)
     before = 0 if prefix is None else len(prefix.ids)
     if batch.plain is None:
@@ -181,7 +185,9 @@ def _logits(model: Any, batch: Batch, branches: int, prefix: Prefix | None) -> T
     if prefix is not None:
         options = {"use_cache": True, "past_key_values": prefix.repeated(len(inputs["input_ids"]))}
     if has("logits_to_keep"):
-        options["logits_to_keep"] = batch.last
+        columns = batch.columns.to(model.device)
+        together = -int(columns[0]) == len(columns)  # the last ones, which a number says without a copy
+        options["logits_to_keep"] = len(columns) if together else columns
     logits: Tensor = model(**inputs, **options).logits
     return logits
 
