@@ -15,7 +15,18 @@ LAYERS = [
     ["quantized", "pertnn", "perturb", "gradients", "card", "pth"],
     ["tuner", "optim", "tasks", "virtual", "adapters", "models", "snapshot", "ledger", "published", "hub"],
     ["prompting", "batch", "scoring", "objective", "evaluate", "progress"],
-    ["trajectory", "steppers", "training", "finetune", "replay", "meta", "meta_train", "controls"],
+    [
+        "trajectory",
+        "steppers",
+        "training",
+        "finetune",
+        "replay",
+        "expected",
+        "meta",
+        "validation",
+        "meta_train",
+        "controls",
+    ],
     ["report", "log", "inspection", "compare", "bench", "demo", "preview", "cli_controls", "cli", "__main__"],
 ]
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}

@@ -13,6 +13,7 @@ from zotuner import noise
 from zotuner.blocks import find_blocks, moments
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
+from zotuner.expected import Profile, Profiles, profile
 from zotuner.gradients import block_dots
 from zotuner.meta import MetaTrainer, virtual_step
 from zotuner.pertnn import normalize
@@ -54,6 +55,10 @@ def config(**options: Any) -> MetaTrainConfig:
     return MetaTrainConfig(**stated | options)
 
 
+def never() -> Tensor:
+    raise AssertionError("a second batch was asked for")
+
+
 def trained_bank(tuner: Tuner) -> None:
     """Moves "exp" nets off their start, where every scale is 1."""
     random = torch.Generator().manual_seed(1)
@@ -74,7 +79,7 @@ def test_the_block_dot_meta_gradient_is_autograds(architecture: Any, normalized:
     trainer._outer = torch.optim.SGD(tuner.bank.parameters(), lr=1.0)  # the step is the gradient itself
     before = {name: p.detach().clone() for name, p in tuner.bank.named_parameters()}
     expected = whole_graph_gradient(model, tuner, settings)
-    row = trainer.update(lambda: loss_of(model), number=6, position=0)
+    row = trainer.update(lambda: loss_of(model), never, number=6, position=0)
     assert row["skipped"] == 0
     for name, p in tuner.bank.named_parameters():
         torch.testing.assert_close(before[name] - p.detach(), expected[name], rtol=1e-6, atol=1e-10)
@@ -147,35 +152,107 @@ def test_gradients_are_freed_as_the_backward_goes() -> None:
     assert bool((dots != 0).all())
 
 
-def test_a_meta_loss_that_is_not_finite_changes_no_net() -> None:
+@pytest.mark.parametrize("meta_loss", ["sampled", "expected"])
+def test_a_meta_loss_that_is_not_finite_changes_no_net(meta_loss: str) -> None:
     model = Net()
     tuner = Tuner.for_model(model, "abs")
     before = [p.detach().clone() for p in tuner.bank.parameters()]
-    row = MetaTrainer(model, tuner, config()).update(lambda: loss_of(model) * float("nan"), number=0, position=0)
+    trainer = MetaTrainer(model, tuner, config(meta_loss=meta_loss))
+    row = trainer.update(lambda: loss_of(model) * float("nan"), never, number=0, position=0)
     assert row["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, tuner.bank.parameters(), strict=True))
 
 
+class Split(nn.Module):
+    """Block a carries the gradient, block b only curvature, 20 an element; float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(8).double()), nn.Parameter(torch.zeros(8).double())
+
+    def forward(self, slope: float = 1.0) -> Tensor:
+        return slope * self.a.sum() + 10.0 * (self.b**2).sum()
+
+
 @pytest.mark.filterwarnings("ignore:.*read outside")
-def test_meta_training_finds_the_block_that_pays() -> None:
-    """Block a carries the gradient, block b only curvature: the scale moves from b to a."""
-
-    class Split(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
-
-        def forward(self) -> Tensor:
-            return self.a.sum() + 10.0 * (self.b**2).sum()
-
+@pytest.mark.parametrize(("meta_loss", "draws"), [("sampled", 8), ("expected", 1)])
+def test_meta_training_finds_the_block_that_pays(meta_loss: str, draws: int) -> None:
+    """The scale moves from b to a."""
     model = Split()
     tuner = Tuner.for_model(model, "exp")
-    trainer = MetaTrainer(model, tuner, config(outer_lr=1e-2, draws=8))
-    for number in range(30):
-        trainer.update(model, number=number, position=number)
+    trainer = MetaTrainer(model, tuner, config(outer_lr=1e-2, draws=draws, meta_loss=meta_loss))
+    rows = [trainer.update(model, never, number=number, position=number) for number in range(30)]
     sigma = trainer.scales()[1].detach()
     assert float(sigma[0]) > 1.15
     assert float(sigma[1]) < 0.85
+    assert rows[-1]["sigma_types"] == pytest.approx({"a": float(sigma[0]), "b": float(sigma[1])}, rel=0.1)
+
+
+def test_a_profile_holds_energy_signal_and_curvature_of_each_block() -> None:
+    model = Split()
+    blocks = find_blocks(model)
+    draws = [Draw("gaussian", 0, 0, k) for k in range(400)]
+    found = profile(blocks, model, lambda: model(-3.0), draws, eps=1e-3)
+    assert found.energy.tolist() == pytest.approx([8.0, 0.0])
+    assert found.signal.tolist() == pytest.approx([-24.0, 0.0])
+    assert float(found.curvature[0]) == pytest.approx(0.0, abs=1e-9)
+    assert float(found.curvature[1]) == pytest.approx(160.0, rel=0.1)
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(model.a.detach(), torch.ones(8).double(), rtol=0, atol=1e-14)
+    alone = profile(blocks, model, None, draws[:1], eps=1e-3)
+    assert torch.equal(alone.signal, alone.energy)
+
+
+def test_the_gradient_of_the_expected_gain_is_autograds() -> None:
+    random = torch.Generator().manual_seed(0)
+    point = Profile(1.0, *torch.rand(3, 5, generator=random, dtype=torch.float64))
+    scales = (torch.rand(5, generator=random, dtype=torch.float64) + 0.5).requires_grad_()
+    profiles = Profiles().add(point)
+    a, t, b = (x @ scales**2 for x in (point.signal, point.energy, point.curvature))
+    (torch.log(t) + torch.log(b) - 2 * torch.log(a)).backward()
+    assert scales.grad is not None
+    came = profiles.gradient(point, scales)
+    assert came is not None
+    torch.testing.assert_close(came, scales.grad)
+    gain, there = (
+        x.detach()
+        for x in (a**2 / (2 * t * b), point.signal.sum() ** 2 / (2 * point.energy.sum() * point.curvature.sum()))
+    )
+    assert profiles.gain(scales) == pytest.approx(float(gain / there))
+
+
+def test_a_point_of_negative_curvature_teaches_nothing_yet() -> None:
+    ones = torch.ones(3, dtype=torch.float64)
+    point = Profile(1.0, ones, ones, -ones)
+    assert Profiles().add(point).gradient(point, ones) is None
+
+
+def test_a_step_is_judged_by_the_other_batch() -> None:
+    model, asked = Split(), []
+    tuner = Tuner.for_model(model, "exp")
+
+    def other() -> Tensor:
+        asked.append(1)
+        return model(-1.0)  # what helps one hurts the other
+
+    for meta_loss in ("sampled", "expected"):
+        trainer = MetaTrainer(model, tuner, config(second_batch=True, meta_loss=meta_loss))
+        row = trainer.update(model, other, number=0, position=0)
+        assert asked.pop() == 1
+        assert not asked
+        assert meta_loss == "expected" or row["meta_loss"] > -8.0
+
+
+def test_the_virtual_steps_lr_is_drawn_from_its_range() -> None:
+    model = Split()
+    trainer = MetaTrainer(model, Tuner.for_model(model, "exp"), config(inner_lr=1.0, inner_lr_range=10.0))
+    drawn = [trainer._inner_lr(number) for number in range(200)]
+    assert drawn == [trainer._inner_lr(number) for number in range(200)]
+    assert 0.1 <= min(drawn) < 0.12
+    assert 8.0 < max(drawn) <= 10.0
+    assert 0.7 < torch.tensor(drawn).log().exp().median() < 1.4
+    fixed = MetaTrainer(model, Tuner.for_model(model, "exp"), config(inner_lr=0.5))
+    assert fixed._inner_lr(3) == 0.5
 
 
 # Trajectories
@@ -204,6 +281,13 @@ def test_each_round_visits_every_task_in_an_order_of_its_own(tmp_path: Path) -> 
     tasks = [point.task for point in walk(Net(), tmp_path / "t").points(40)]
     rounds = [tuple(tasks[i : i + 2]) for i in range(0, 40, 2)]
     assert set(rounds) == {("t", "u"), ("u", "t")}
+
+
+def test_a_second_batch_shares_no_example_with_the_first(tmp_path: Path) -> None:
+    model = Net()
+    for point in walk(model, tmp_path).points(6):
+        assert len(point.others) == len(point.examples) == 4
+        assert not set(point.others) & set(point.examples)
 
 
 def test_a_recorded_trajectory_is_visited_at_the_same_points(tmp_path: Path) -> None:

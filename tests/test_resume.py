@@ -296,7 +296,7 @@ META = {
     "before any snapshot": ("meta", "module.MetaTrainer", "update", 2, True),
     "before the tuner": ("meta_train", "module.Tuner", "save_pretrained", 1, True),
 }
-META_OPTIONS = {"steps": 8, "reset_every": 3}
+META_OPTIONS = {"steps": 8, "reset_every": 3, "meta_loss": "expected", "validate_steps": 2}
 
 
 @pytest.fixture(scope="module")

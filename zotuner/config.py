@@ -284,12 +284,27 @@ class MetaTrainConfig(Config):
     architecture: Literal["abs", "exp"] = Field("exp", description="abs: the paper's; exp: starts at sigma = 1")
     granularity: Literal["block", "layer"] = Field("block", description="what shares a PertNN")
     normalized: bool = Field(True, description="keep the Frobenius budget of the perturbation")
+    meta_loss: Literal["sampled", "expected"] = Field(
+        "sampled", description="after one virtual step (the paper's), or the gain expected of a step at its best lr"
+    )
+    second_batch: bool = Field(False, description="judge a step by another batch than the one that gave it")
     draws: int = Field(1, ge=1, description="noise vectors a point; their meta-gradients are averaged")
-    inner_lr: float = Field(4e-5, gt=0, allow_inf_nan=False, description="lr of the virtual zeroth-order step")
+    inner_lr: float = Field(4e-5, gt=0, allow_inf_nan=False, description="lr of the virtual step (sampled)")
+    inner_lr_range: float = Field(
+        1.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="draw that lr at each point, from inner_lr / this to inner_lr * this",
+    )
     outer_lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="Adam's lr for the PertNNs")
     fo_optimizer: Literal["adam", "sgd"] = Field("adam", description="walks the trajectory; sgd has momentum 0.9")
     fo_lr: float = Field(5e-6, gt=0, allow_inf_nan=False, description="lr of the trajectory")
     reset_every: int = Field(50, ge=1, description="points after which the model starts anew")
+    validate_steps: int = Field(
+        0,
+        ge=0,
+        description="at each reset, steps of a run that tells what the tuner is worth: the best is kept; 0: none",
+    )
     snapshot_every: int | None = Field(None, ge=1, description="keep the weights of every such point in OUT/trajectory")
     trajectory: Path | None = Field(None, description="a recorded run's trajectory folder, visited instead of walked")
 

@@ -8,6 +8,7 @@ Source: ZO Fine-tuner, arXiv:2510.00419. With z and c held fixed,
     dL(theta_1) / d sigma~_i = -lr_inner c <grad_i L(theta_1), z_i>
 
 so there is no graph over the parameters and no copy of the model, and a gradient is freed once its dot is taken.
+The other meta-loss, the expected gain of a step, is in `zotuner.expected`.
 """
 
 import math
@@ -15,16 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zotuner.block_types import block_types
 from zotuner.blocks import Block, find_blocks
 from zotuner.config import MetaTrainConfig
+from zotuner.expected import Loss, Profiles, profile
 from zotuner.gradients import block_dots
 from zotuner.optim.estimators import TwoPoint
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import normalize
-from zotuner.perturb import Closure, Draw, Perturbation, Perturber, shift
+from zotuner.perturb import Draw, Perturbation, Perturber, shift
 from zotuner.snapshot import (
     optimizer_groups,
     optimizer_tensors,
@@ -55,15 +59,31 @@ class VirtualStep:
         return math.isfinite(self.meta_loss) and bool(torch.isfinite(self.gradient).all())
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a meta-loss says at a point.
+
+    Attributes:
+        row: Of metrics.
+        gradient: (n,) float64, by each sigma~; None: nothing can be learned here.
+        losses: What the nets are told at the next point; None: as at this.
+    """
+
+    row: dict[str, Any]
+    gradient: Tensor | None
+    losses: tuple[float, float] | None
+
+
 def virtual_step(
     perturber: Perturber,
     blocks: Sequence[Block],
-    closure: Closure,  # differentiable in the blocks' parameters
+    closure: Loss,  # in the blocks' parameters
     draw: Draw,
     scales: Tensor,  # (n,) sigma~
     *,
     eps: float,
     lr: float,  # of the virtual step
+    judge: Loss | None = None,  # the loss after the step; None: the closure itself
 ) -> VirtualStep:
     """One virtual step and the gradient of the loss after it with respect to each block's scale.
 
@@ -81,11 +101,11 @@ def virtual_step(
     shift(blocks, draw, step)
     try:
         with torch.enable_grad(), block_dots(blocks, draw, dots):
-            loss = closure()
-            loss.backward()  # type: ignore[union-attr]
+            loss = (judge or closure)()
+            loss.backward()
     finally:
         shift(blocks, draw, [[-a for a in alphas] for alphas in step])
-    return VirtualStep(losses, c, float(loss.detach()), -lr * c * dots)  # type: ignore[union-attr]
+    return VirtualStep(losses, c, float(loss.detach()), -lr * c * dots)
 
 
 class MetaTrainer:
@@ -105,12 +125,15 @@ class MetaTrainer:
         self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
         self._loss_prev = (0.0, 0.0)
         self._sigma_prev = torch.ones(len(self.blocks))
+        self._profiles = Profiles()
+        self._types = block_types([block.name for block in self.blocks])
 
-    def update(self, closure: Closure, *, number: int, position: int) -> dict[str, Any]:
+    def update(self, closure: Loss, other: Loss, *, number: int, position: int) -> dict[str, Any]:
         """One outer step at the model's present weights.
 
         Args:
             closure: The differentiable loss of the point's batch.
+            other: That of another batch, asked if `second_batch` is set.
             number: Of the point; noise is drawn with it.
             position: 0: the trajectory begins anew, and so do the nets' inputs.
 
@@ -120,49 +143,87 @@ class MetaTrainer:
         if position == 0:
             self._loss_prev, self._sigma_prev = (0.0, 0.0), torch.ones(len(self.blocks))
         raw, scales = self.scales()
-        steps = [
-            virtual_step(
-                self._perturber,
-                self.blocks,
-                closure,
-                Draw(self._config.noise, self._config.seed, number, branch),
-                scales.detach(),
-                eps=self._config.eps,
-                lr=self._config.inner_lr,
-            )
-            for branch in range(self._config.draws)
-        ]
-        usable = [step for step in steps if step.finite]
-        if usable:
-            gradient = torch.stack([step.gradient for step in usable]).mean(dim=0)
+        draws = [Draw(self._config.noise, self._config.seed, number, k) for k in range(self._config.draws)]
+        judge = other if self._config.second_batch else None
+        found = (self._expected if self._config.meta_loss == "expected" else self._sampled)(
+            closure, judge, draws, scales.detach()
+        )
+        if found.gradient is not None:
             self._outer.zero_grad()
-            (scales * gradient).sum().backward()
+            (scales * found.gradient).sum().backward()
             self._outer.step()
-            losses = [step.losses for step in usable]
-            self._loss_prev = (_mean([a for a, _ in losses]), _mean([b for _, b in losses]))
-            self._sigma_prev = raw.detach()
-        log_sigma = torch.log(scales.detach().clamp_min(1e-12))
-        return {
+        if found.losses is not None:
+            self._loss_prev, self._sigma_prev = found.losses, raw.detach()
+        return found.row | self._spread(scales.detach())
+
+    def _sampled(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> "_Found":
+        """The loss after a virtual step, averaged over draws."""
+        lr = self._inner_lr(draws[0].step)
+        steps = [
+            virtual_step(self._perturber, self.blocks, closure, draw, scales, eps=self._config.eps, lr=lr, judge=judge)
+            for draw in draws
+        ]
+        row = {
             "loss": _mean([sum(step.losses) / 2 for step in steps]),
             "meta_loss": _mean([step.meta_loss for step in steps]),
             "coefficients": [step.coefficient for step in steps],
-            "sigma_min": float(scales.detach().min()),
-            "sigma_max": float(scales.detach().max()),
-            "sigma_log_std": float(log_sigma.std()) if len(log_sigma) > 1 else 0.0,
-            "skipped": len(steps) - len(usable),
+        }
+        usable = [step for step in steps if step.finite]
+        row["skipped"] = len(steps) - len(usable)
+        if not usable:
+            return _Found(row, None, None)
+        losses = (_mean([step.losses[0] for step in usable]), _mean([step.losses[1] for step in usable]))
+        return _Found(row, torch.stack([step.gradient for step in usable]).mean(dim=0), losses)
+
+    def _expected(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> "_Found":
+        """The gain of a step at its best lr, averaged over noise; its losses are told as that of the point."""
+        point = profile(self.blocks, closure, judge, draws, eps=self._config.eps)
+        if not point.finite:
+            return _Found({"loss": point.loss, "meta_loss": math.nan, "skipped": len(draws)}, None, None)
+        gradient = self._profiles.add(point).gradient(point, scales)
+        gain = self._profiles.gain(scales)
+        row = {"loss": point.loss, "meta_loss": -math.log(gain) if gain > 0 else math.nan, "gain": gain, "skipped": 0}
+        return _Found(row, gradient, (point.loss, point.loss))
+
+    def _inner_lr(self, number: int) -> float:
+        """The lr of a point's virtual steps, uniform in its logarithm."""
+        width = math.log(self._config.inner_lr_range)
+        return self._config.inner_lr * math.exp(width * (2 * _uniform(self._config.seed, number) - 1))
+
+    def _spread(self, scales: Tensor) -> dict[str, Any]:
+        """How sigma~ differs between blocks."""
+        logs = torch.log(scales.clamp_min(1e-12))
+        types = {label: math.exp(float(logs[members].mean())) for label, members in self._types.items()}
+        return {
+            "sigma_min": float(scales.min()),
+            "sigma_max": float(scales.max()),
+            "sigma_log_std": float(logs.std()) if len(logs) > 1 else 0.0,
+            "sigma_types": types,
         }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the next outer step stands on: the nets and Adam's moments, and what the nets are told."""
-        nets = {f"nets.{name}": tensor for name, tensor in self._tuner.bank.state_dict().items()}
+        nets = {f"nets.{name}": tensor for name, tensor in self.nets().items()}
         tensors = {**nets, **optimizer_tensors(self._outer, "outer."), "sigma_prev": self._sigma_prev}
-        return tensors, {"outer": optimizer_groups(self._outer), "loss_prev": self._loss_prev}
+        if self._profiles.means is not None:
+            tensors["profiles"] = self._profiles.means
+        numbers = {"loss_prev": self._loss_prev, "profiles": self._profiles.weight}
+        return tensors, {"outer": optimizer_groups(self._outer), **numbers}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes back what `state` gave."""
-        self._tuner.bank.load_state_dict(under("nets.", tensors))
+        self.take_nets(under("nets.", tensors))
         restore_optimizer(self._outer, state["outer"], tensors, "outer.")
         self._sigma_prev, self._loss_prev = tensors["sigma_prev"], tuple(state["loss_prev"])
+        self._profiles = Profiles(tensors.get("profiles"), state["profiles"])
+
+    def nets(self) -> dict[str, Tensor]:
+        """A copy of the nets as they are."""
+        return {name: tensor.clone() for name, tensor in self._tuner.bank.state_dict().items()}
+
+    def take_nets(self, nets: dict[str, Tensor]) -> None:
+        """Takes back what `nets` gave."""
+        self._tuner.bank.load_state_dict(nets)
 
     def scales(self) -> tuple[Tensor, Tensor]:
         """(raw sigma, sigma~), both (n,), with their graph into the PertNNs."""
@@ -174,6 +235,11 @@ class MetaTrainer:
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _uniform(seed: int, number: int) -> float:
+    """In [0, 1): a function of these two."""
+    return float(np.random.default_rng((seed, number, 2)).random())
 
 
 def _mean(values: Sequence[float]) -> float:

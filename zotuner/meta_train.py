@@ -1,10 +1,12 @@
 """A meta-training run: one outer step at every point of a trajectory, and all that is kept of it.
 
 load  ->  point  ->  outer step, row of metrics  ->  first-order step  ->  ...  ->  tuner, summary
+          at the start of each round, if asked for: a short zeroth-order run; the tuner with the best is kept
 
 A run that was killed goes on from its last snapshot, and ends with the same tuner.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ from zotuner.snapshot import drop_all, drop_unfinished, latest, take
 from zotuner.tasks import Splits, digest, get_task
 from zotuner.trajectory import START, Point, Recorded, Walk
 from zotuner.tuner import Tuner
+from zotuner.validation import Validation
 
 METRICS, SUMMARY, TRAJECTORY = "metrics.jsonl", "summary.json", "trajectory"
+VALIDATION = "validation.safetensors"  # the starting weights while a run is tried
 # What a run is told that does not change the tuner, and so is none of its card's business
 NOT_OF_THE_TUNER = {"out", "data_dir", "overwrite", "save_every"}
 
@@ -93,7 +97,14 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         if not resume:
             claim_out(config.out, config.overwrite, config.to_yaml())
         data = digest([example for split in splits.values() for example in split.train])
-        walked = _Walked(config, MetaTrainer(model, tuner, config), points, loss, model, display, requests, data)
+        trainer = MetaTrainer(model, tuner, config)
+        validation = None
+        if config.validate_steps:
+            short = [name for name, split in splits.items() if not split.dev]
+            if short:
+                raise ZotunerError(f"--validate-steps: task {short[0]} has no examples held back for it")
+            validation = Validation(model, tuner, config, objectives, splits, config.out / VALIDATION)
+        walked = _Walked(config, trainer, points, loss, model, display, requests, data, validation)
         seconds = walked.run()
         tuner.save_pretrained(config.out)
         summary = {
@@ -104,6 +115,7 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
             "peak_rss_bytes": peak_rss_bytes(),
             "blocks": len(tuner.block_names),
             "tuner_sha256": tuner.sha256(),
+            **walked.kept(),
             "seed": config.seed,
             "versions": tuner.info.versions,
         }
@@ -144,6 +156,7 @@ class _Walked:
         display: Where progress goes.
         requests: What signals ask for.
         data: Digest of the examples.
+        validation: Tells what the tuner is worth; None: the last one is kept.
     """
 
     def __init__(
@@ -156,10 +169,14 @@ class _Walked:
         display: Display,
         requests: Requests,
         data: str,
+        validation: Validation | None,
     ) -> None:
         self._config, self._trainer, self._points, self._loss = config, trainer, points, loss
         self._model, self._display, self._requests = model, display, requests
         self._begun_with = {"data": data, "weights": weights_sha256(model)}
+        self._validation = validation
+        self._best: dict[str, Tensor] = {}
+        self._validated: list[tuple[int, float]] = []  # (outer steps taken, share of the loss that is left)
         self._in_a_row, self._before = 0, 0.0
         self._started = time.perf_counter()
 
@@ -172,6 +189,8 @@ class _Walked:
         with MetricsLog(config.out / METRICS) as metrics:
             for point in self._points.points(config.steps, start):
                 self._heed(point, point.number > start)
+                if point.position == 0:
+                    self._validate(point.number)
                 row = _update(self._trainer, point, self._loss)
                 metrics.write(
                     step=point.number, position=point.position, task=point.task, seconds=self._seconds(), **row
@@ -181,12 +200,32 @@ class _Walked:
                     raise ZotunerError(
                         f"step {point.number}: no loss was finite {self._in_a_row} steps in a row; try a smaller lr"
                     )
-                bar.advance(
-                    status=f"loss {row['loss']:.4f}  meta-loss {row['meta_loss']:.4f}  "
-                    f"sigma {row['sigma_min']:.2f} to {row['sigma_max']:.2f}"
-                )
+                bar.advance(status=_status(row))
         bar.close()
+        if self._validation is not None:
+            self._points.to_start()
+            self._validate(config.steps)
+            self._trainer.take_nets(self._best)
         return self._seconds()
+
+    def kept(self) -> dict[str, Any]:
+        """For the summary: what was validated, and after how many outer steps the tuner that is kept was had."""
+        if self._validation is None:
+            return {}
+        return {"validation": [[*pair] for pair in self._validated], "kept": self._best_of_all()[0]}
+
+    def _best_of_all(self) -> tuple[int, float]:
+        return min(self._validated, key=lambda pair: (math.isnan(pair[1]), pair[1], pair[0]))
+
+    def _validate(self, steps: int) -> None:
+        """Tries the tuner as it is after so many outer steps, and keeps it if it is the best."""
+        if self._validation is None:
+            return
+        share = self._validation(self._display)
+        self._validated.append((steps, share))
+        self._display.say(f"after {steps} outer steps a zeroth-order run leaves {share:.4f} of the loss")
+        if self._best_of_all()[0] == steps:
+            self._best = self._trainer.nets()
 
     def _seconds(self) -> float:
         return round(self._before + time.perf_counter() - self._started, 3)
@@ -205,8 +244,14 @@ class _Walked:
     def _snapshot(self, number: int) -> None:
         tensors, state = self._trainer.state()
         walked, groups = self._points.state()
-        everything = {**{f"trainer.{k}": v for k, v in tensors.items()}, **{f"walk.{k}": v for k, v in walked.items()}}
-        about = {"begun_with": self._begun_with, "seconds": self._seconds(), "in_a_row": self._in_a_row}
+        parts = {"trainer": tensors, "walk": walked, "best": self._best}
+        everything = {f"{part}.{k}": v for part, named in parts.items() for k, v in named.items()}
+        about = {
+            "begun_with": self._begun_with,
+            "seconds": self._seconds(),
+            "in_a_row": self._in_a_row,
+            "validated": self._validated,
+        }
         take(self._config.out, number, self._model, everything, {**about, "trainer": state, "walk": groups})
 
     def _restore(self) -> int:
@@ -224,10 +269,23 @@ class _Walked:
         tensors = found.restore(self._model)
         self._trainer.restore(under("trainer.", tensors), found.state["trainer"])
         self._points.restore(under("walk.", tensors), found.state["walk"])
+        self._best = under("best.", tensors)
+        self._validated = [(number, math.nan if share is None else share) for number, share in found.state["validated"]]
         self._before, self._in_a_row = found.state["seconds"], found.state["in_a_row"]
         self._display.say(f"goes on with step {found.step}")
         return found.step
 
 
+def _status(row: dict[str, Any]) -> str:
+    """Of the progress bar: losses, what is gained over sigma = 1, and the types of blocks with least and most noise."""
+    types = sorted(row["sigma_types"].items(), key=lambda item: item[1])
+    ends = [f"{label.removesuffix('.weight')} {sigma:.2f}" for label, sigma in (types[0], types[-1])]
+    gain = f"gain x{row['gain']:.2f}  " if "gain" in row else ""
+    return f"loss {row['loss']:.4f}  meta-loss {row['meta_loss']:.4f}  {gain}sigma: {' to '.join(ends)}"
+
+
 def _update(trainer: MetaTrainer, point: Point, loss: Any) -> dict[str, Any]:
-    return trainer.update(lambda: loss(point.task, point.examples), number=point.number, position=point.position)
+    def of(examples: Any) -> Any:
+        return lambda: loss(point.task, examples)
+
+    return trainer.update(of(point.examples), of(point.others), number=point.number, position=point.position)

@@ -36,12 +36,14 @@ class Point:
         position: Steps since the last reset.
         task: Whose batch it is.
         examples: The batch.
+        others: As many further examples of the task, as far as there are.
     """
 
     number: int
     position: int
     task: str
     examples: tuple[Example, ...]
+    others: tuple[Example, ...]
 
 
 def first_order(name: Literal["adam", "sgd"], model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -103,6 +105,10 @@ class Walk:
         keep_rows(self._folder / ROWS, lambda row: row["number"] < start)
         yield from self._walk(count, start)
 
+    def to_start(self) -> None:
+        """Brings the model back to its starting weights."""
+        restore_weights(self._model, self._folder / START)
+
     def close(self) -> None:
         """The walk is over for good: its starting weights go."""
         (self._folder / START).unlink(missing_ok=True)
@@ -124,7 +130,7 @@ class Walk:
                     self._optimizer = self._make()
                 task, chosen = self._batch(number)
                 snapshot = self._snapshot(number)
-                point = Point(number, position, task, tuple(self._train[task][i] for i in chosen))
+                point = _point(self._train, number, position, task, chosen)
                 yield point
                 loss = self._step(self._optimizer, point)
                 rows.write(
@@ -195,6 +201,10 @@ class Recorded:
     def restore(self, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
         """As of a `Walk`."""
 
+    def to_start(self) -> None:
+        """Brings the model to the first point that was kept."""
+        restore_weights(self._model, self._folder / self._rows[0]["snapshot"])
+
     def close(self) -> None:
         """As of a `Walk`; what was recorded stays."""
 
@@ -203,5 +213,15 @@ class Recorded:
         for number in range(start, count):
             row = self._rows[number % len(self._rows)]
             restore_weights(self._model, self._folder / row["snapshot"])
-            examples = tuple(self._train[row["task"]][i] for i in row["examples"])
-            yield Point(number, row["position"], row["task"], examples)
+            yield _point(self._train, number, row["position"], row["task"], row["examples"])
+
+
+def _point(
+    train: Mapping[str, Sequence[Example]], number: int, position: int, task: str, chosen: Sequence[int]
+) -> Point:
+    """A point by the numbers of its examples; the others follow from these and the point's number alone."""
+    left = np.setdiff1d(np.arange(len(train[task])), chosen)
+    random = np.random.default_rng((number, *chosen))
+    others = random.choice(left, min(len(chosen), len(left)), replace=False)
+    picked, further = (tuple(train[task][i] for i in numbers) for numbers in (chosen, others))
+    return Point(number, position, task, picked, further)

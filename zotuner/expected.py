@@ -1,0 +1,141 @@
+"""The expected gain of a zeroth-order step: a meta-loss without the noise of a single draw.
+
+    batch, at theta: g_i;  at theta + eps z: z_i . g_i     ->  energy T_i = |g_i|^2, curvature C_i
+    another batch, at theta: g'_i                          ->  signal S_i = <g_i, g'_i>
+    sigma~, S, T, C of the points so far                   ->  log gain, and its gradient by each sigma~_i
+
+Averaged over z, to second order, a step with u = (sigma~_i z_i)_i, its coefficient from one batch, changes the loss of
+the task by -lr A + lr^2 / 2 T B, with A = sum sigma~_i^2 S_i, T = sum sigma~_i^2 T_i, B = sum sigma~_i^2 C_i. At the
+best lr it gains A^2 / (2 T B). Source: docs/method.md, "Meta-training".
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from zotuner import noise
+from zotuner.blocks import Block, Piece
+from zotuner.gradients import block_dots, each_gradient
+from zotuner.perturb import Draw, shift
+
+MEMORY = 0.95  # of the running means over points: they go back some 20
+
+Loss = Callable[[], Tensor]  # differentiable, of one fixed batch
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a point says of each block.
+
+    Attributes:
+        loss: Of the batch at the point.
+        signal: (n,) float64: S_i, whose mean is |E g_i|^2; with one batch alone it is the energy.
+        energy: (n,) float64: T_i.
+        curvature: (n,) float64: an estimate of C_i = tr H_ii, of either sign.
+    """
+
+    loss: float
+    signal: Tensor
+    energy: Tensor
+    curvature: Tensor
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it can be used."""
+        return bool(torch.isfinite(torch.stack([self.signal, self.energy, self.curvature])).all())
+
+
+def profile(blocks: Sequence[Block], loss: Loss, other: Loss | None, draws: Sequence[Draw], *, eps: float) -> Profile:
+    """Measures a point; the weights come back to where they were, to within rounding.
+
+    Args:
+        blocks: Whose parameters are floating-point.
+        loss: Of the batch that gives a step its coefficient.
+        other: Of a second batch of the task; None: the batch itself stands for the task. One gradient is kept for it.
+        draws: Noise for the curvature, one at least: (g_i(theta + eps z) - g_i(theta)) . z_i / eps, averaged.
+        eps: Size of that perturbation.
+    """
+    n = len(blocks)
+    kept: dict[Piece, Tensor] = {}
+    signal, energy = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    at, beyond = torch.zeros(len(draws), n, dtype=torch.float64), torch.zeros(len(draws), n, dtype=torch.float64)
+
+    def first(number: int, piece: Piece, gradient: Tensor) -> None:
+        energy[number] += noise.sums(gradient)[1]
+        for row, draw in zip(at, draws, strict=True):
+            row[number] += noise.dot(gradient, **draw.at(number, piece.start))
+        if other is not None:
+            kept[piece] = gradient.clone()
+
+    def second(number: int, piece: Piece, gradient: Tensor) -> None:
+        signal[number] += float(torch.dot(kept.pop(piece).flatten(), gradient.flatten()))
+
+    with torch.enable_grad():
+        with each_gradient(blocks, first):
+            value = loss()
+            value.backward()
+        if other is not None:
+            with each_gradient(blocks, second):
+                other().backward()
+        for row, draw in zip(beyond, draws, strict=True):
+            shift(blocks, draw, [[eps]] * n)
+            try:
+                with block_dots(blocks, draw, row):
+                    loss().backward()
+            finally:
+                shift(blocks, draw, [[-eps]] * n)
+    curvature = ((beyond - at) / eps).mean(dim=0)
+    return Profile(float(value.detach()), energy.clone() if other is None else signal, energy, curvature)
+
+
+@dataclass
+class Profiles:
+    """Running means of what points say; each point's gradients count relative to its own energy.
+
+    Attributes:
+        means: (3, n) float64: signal, energy, curvature; None before the first point.
+        weight: Sum of the weights of the points in the means, up to 1.
+    """
+
+    means: Tensor | None = None
+    weight: float = field(default=0.0)
+
+    def add(self, point: Profile) -> Self:
+        """Takes a point in."""
+        rows = self._row(point)
+        self.means = rows * (1 - MEMORY) if self.means is None else MEMORY * self.means + (1 - MEMORY) * rows
+        self.weight = MEMORY * self.weight + 1 - MEMORY
+        return self
+
+    def gain(self, scales: Tensor) -> float:
+        """A^2 / (2 T B) with the running means, as a multiple of that with sigma = 1; NaN where that has no sense."""
+        here, there = (self._gain(squares) for squares in (scales.detach().double() ** 2, torch.ones(len(scales))))
+        return here / there if here > 0 and there > 0 else float("nan")
+
+    def gradient(self, point: Profile, scales: Tensor) -> Tensor | None:
+        """d (log T + log B - 2 log A) / d sigma~ at a point: numerators are the point's, denominators running means.
+
+        Returns:
+            (n,) float64; None where the means of A or B are not positive, so that nothing can be said yet.
+        """
+        assert self.means is not None, "no point was added"
+        scales = scales.detach().double()
+        a, t, b = (self.means / self.weight) @ scales**2
+        if not (a > 0 and b > 0):
+            return None
+        signal, energy, curvature = self._row(point)
+        change: Tensor = 2 * scales * (energy / t + curvature / b - 2 * signal / a)
+        return change
+
+    @staticmethod
+    def _row(point: Profile) -> Tensor:
+        whole = point.energy.sum()
+        return torch.stack([point.signal / whole, point.energy / whole, point.curvature])
+
+    def _gain(self, squares: Tensor) -> float:
+        assert self.means is not None, "no point was added"
+        a, t, b = ((self.means / self.weight) @ squares.double()).tolist()
+        return a * abs(a) / (2 * t * b) if t > 0 and b > 0 else float("nan")
