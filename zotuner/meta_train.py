@@ -73,6 +73,7 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         model = adapted(model, config, config.model)
         options: dict[str, Any] = {"train_size": config.train_size, "seed": config.seed, "kind": kind_of(model)}
         splits = {name: task.splits(**options) for name, task in tasks.items()}
+        _check_sizes(config, splits)
         objectives = {
             name: objective_for(task, model, tokenizer, max_length=config.max_length) for name, task in tasks.items()
         }
@@ -97,12 +98,8 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         if not resume:
             claim_out(config.out, config.overwrite, config.to_yaml())
         data = digest([example for split in splits.values() for example in split.train])
-        trainer = MetaTrainer(model, tuner, config)
-        validation = None
+        trainer, validation = MetaTrainer(model, tuner, config), None
         if config.validate_steps:
-            short = [name for name, split in splits.items() if not split.dev]
-            if short:
-                raise ZotunerError(f"--validate-steps: task {short[0]} has no examples held back for it")
             validation = Validation(model, tuner, config, objectives, splits, config.out / VALIDATION)
         walked = _Walked(config, trainer, points, loss, model, display, requests, data, validation)
         seconds = walked.run()
@@ -124,6 +121,18 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         drop_all(config.out)
         display.say(f"tuner for {len(tuner.block_names)} blocks written to {config.out}")
     return tuner
+
+
+def _check_sizes(config: MetaTrainConfig, splits: dict[str, Splits]) -> None:
+    """Raises a ZotunerError where a task has too few examples for what is asked."""
+    for name, split in splits.items():
+        if config.second_batch and len(split.train) <= config.batch_size:
+            raise ZotunerError(
+                f"--second-batch: expected more than --batch-size {config.batch_size} training examples of task "
+                f"{name}, got {len(split.train)}"
+            )
+        if config.validate_steps and not split.dev:
+            raise ZotunerError(f"--validate-steps: expected development examples of task {name}, got none")
 
 
 def _trajectory(config: MetaTrainConfig, model: Any, loss: Any, splits: dict[str, Splits]) -> Walk | Recorded:
