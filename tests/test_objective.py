@@ -444,13 +444,29 @@ def test_a_model_that_cannot_read_packed_rows_gets_plain_ones_and_one_warning(
     objective, unfit = Objective(task_of("classification"), tokenizer), _Unfit(tokenizer, fault)
     batch = objective.batch(MANY)
     assert batch.plain is not None
-    with pytest.warns(UserWarning, match="_Unfit cannot read several candidates in one row") as caught:
+    with pytest.warns(UserWarning, match="_Unfit cannot read several candidates or examples in one row") as caught:
         loss = objective.loss(unfit, batch, branches)
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     assert torch.equal(loss, objective.loss(unfit, batch.plain, branches))
     assert torch.equal(objective.scores(unfit, batch), objective.scores(unfit, batch.plain))
     assert objective.tokens(unfit, [batch]) == batch.plain.tokens
+
+
+@torch.no_grad()
+def test_scores_that_are_not_finite_do_not_tell_what_a_model_can_read(tokenizer: Any) -> None:
+    """It is asked again with the next batch, and no warning says that it could not."""
+    inner = tiny_llama(vocab_size=len(tokenizer))
+    spy, objective = _Spy(inner), Objective(task_of("classification"), tokenizer)
+    batch = objective.batch(MANY)
+    weight = inner.model.embed_tokens.weight
+    kept = weight[batch.input_ids[0, -1]].clone()
+    weight[batch.input_ids[0, -1]] = torch.nan
+    objective.scores(spy, batch)
+    assert [call["attention_mask"].ndim for call in spy.calls] == [2, 2]
+    weight[batch.input_ids[0, -1]] = kept
+    objective.scores(spy, batch)
+    assert spy.calls[-1]["attention_mask"].ndim == 4
 
 
 @torch.no_grad()

@@ -128,12 +128,15 @@ class CausalScorer:
         """Whether some examples have the same scores behind a computed prefix as with it; asked once a model."""
         if model not in self._goes_on:
             plain = self.scores(model, self.batch(examples))[0]
-            self._goes_on[model] = _same(
+            came = _same(
                 model,
                 plain,
                 lambda: self.scores(model, self.batch(examples, prefix=prefix), 1, prefix)[0],
                 "go on from a prefix that was computed before: it is computed with every example",
             )
+            if came is None:
+                return False
+            self._goes_on[model] = came
         return self._goes_on[model]
 
     def _readable(self, model: Any, batch: Batch, branches: int, prefix: Prefix | None) -> Batch:
@@ -144,7 +147,10 @@ class CausalScorer:
         if not accepts(model)("position_ids") or length > _window(model):
             return batch.plain
         if model not in self._packs:
-            self._packs[model] = _agree(model, batch, branches, prefix)
+            came = _agree(model, batch, branches, prefix)
+            if came is None:
+                return batch.plain
+            self._packs[model] = came
         return batch if self._packs[model] else batch.plain
 
 
@@ -210,22 +216,28 @@ def _window(model: Any) -> float:
 
 
 @torch.no_grad()
-def _agree(model: Any, batch: Batch, branches: int, prefix: Prefix | None) -> bool:
-    """Whether a packed batch has the scores of the plain one, to rounding; warns where it has not."""
+def _agree(model: Any, batch: Batch, branches: int, prefix: Prefix | None) -> bool | None:
+    """Whether a packed batch has the scores of the plain one, to rounding; as `_same`."""
     assert batch.plain is not None
     return _same(
         model,
         torch.stack(_scores(model, batch.plain, branches, prefix)),
         lambda: torch.stack(_scores(model, batch, branches, prefix)),
-        "read several candidates in one row: each gets a row of its own",
+        "read several candidates or examples in one row: each gets a row of its own",
     )
 
 
 @torch.no_grad()
-def _same(model: Any, plain: Tensor, other: Callable[[], Tensor], what: str) -> bool:
-    """Whether another way to some scores gives the same, to rounding; warns where it does not."""
+def _same(model: Any, plain: Tensor, other: Callable[[], Tensor], what: str) -> bool | None:
+    """Whether another way to some scores gives the same, to rounding; warns where it does not.
+
+    None: scores that are not finite tell nothing of it.
+    """
+    there = plain != -torch.inf  # elsewhere an example has fewer candidates
+    if not bool(torch.isfinite(plain[there]).all()):
+        return None
     try:
-        differ = float((other() - plain)[plain != -torch.inf].square().mean().sqrt())
+        differ = float((other() - plain)[there].square().mean().sqrt())
     except Exception as error:  # each architecture refuses a mask or a cache in its own way
         reason = f"{type(error).__name__}: {first_line(error)}"
     else:
