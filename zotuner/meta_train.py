@@ -230,7 +230,7 @@ class _Walked:
         """Tries the tuner as it is after so many outer steps, and keeps it if it is the best."""
         if self._validation is None:
             return
-        share = self._validation(self._display)
+        share = self._validation(self._display, lambda: self._check(steps))
         self._validated.append((steps, share))
         self._display.say(f"after {steps} outer steps a zeroth-order run leaves {share:.4f} of the loss")
         if self._best_of_all()[0] == steps:
@@ -246,8 +246,12 @@ class _Walked:
         stop = self._requests.stop is not None and point.number > 0
         if (due and moved) or stop or self._requests.snapshot_wanted():
             self._snapshot(point.number)
+        self._check(point.number)
+
+    def _check(self, steps: int) -> None:
+        """Ends the run after so many steps if a signal asks for it."""
         self._requests.check(
-            f"after step {point.number} of {self._config.steps}", f"zotuner meta-train --resume {self._config.out}"
+            f"after step {steps} of {self._config.steps}", f"zotuner meta-train --resume {self._config.out}"
         )
 
     def _snapshot(self, number: int) -> None:

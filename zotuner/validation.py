@@ -3,7 +3,7 @@
 starting weights, task  ->  a run at each of a few learning rates  ->  loss on held-back examples / that at the start
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,13 @@ class Validation:
         self._start: dict[str, float] = {}
 
     @torch.no_grad()
-    def __call__(self, display: Display) -> float:
-        """Mean over tasks of (the loss of the best of the runs) / (the loss at the start); NaN if none is finite."""
+    def __call__(self, display: Display, heed: Callable[[], None] = lambda: None) -> float:
+        """Mean over tasks of (the loss of the best of the runs) / (the loss at the start); NaN if none is finite.
+
+        Args:
+            display: Where progress goes.
+            heed: Called before each step; may raise.
+        """
         keep_weights(self._model, self._file)
         bar = display.bar("validate", len(self._tasks) * len(FACTORS) * self._config.validate_steps)
         shares = []
@@ -59,7 +64,7 @@ class Validation:
                 self._start[name] = self._loss(objective, dev)
             reached = []
             for factor in FACTORS:
-                self._run(objective, train, self._config.inner_lr * factor, bar)
+                self._run(objective, train, self._config.inner_lr * factor, bar, heed)
                 reached.append(self._loss(objective, dev))
                 restore_weights(self._model, self._file)
             finite = [loss for loss in reached if loss < float("inf")]
@@ -71,12 +76,15 @@ class Validation:
     def _loss(self, objective: Objective, examples: Sequence[Example]) -> float:
         return evaluate(self._model, objective, examples, answers=False)["loss"]
 
-    def _run(self, objective: Objective, train: Sequence[Example], lr: float, bar: Bar) -> None:
+    def _run(
+        self, objective: Objective, train: Sequence[Example], lr: float, bar: Bar, heed: Callable[[], None]
+    ) -> None:
         config = self._config
         noise = {"eps": config.eps, "noise": config.noise, "seed": config.seed}
         opt = ZOFineTuner(self._model, self._tuner, lr, **noise)  # type: ignore[arg-type]
         order = batches(train, config.batch_size, config.seed)
         for _, examples in zip(range(config.validate_steps), order, strict=False):
+            heed()
             batch = objective.training_batch(examples)
 
             def closure(branches: int = 1, batch: Any = batch) -> Tensor:
