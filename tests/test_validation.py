@@ -24,7 +24,11 @@ OPTIONS = {"steps": 4, "reset_every": 2, "batch_size": 2}
 
 @pytest.mark.parametrize("meta_loss", ["sampled", "expected"])
 def test_the_tuner_with_the_lowest_loss_is_kept(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meta_loss: str
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    meta_loss: str,
 ) -> None:
     options = {**OPTIONS, "meta_loss": meta_loss, "second_batch": True}
     assert call("meta-train", *argv_of(quick_meta(model_dir, tmp_path / "two", **options | {"steps": 2}))) == 0
@@ -42,6 +46,9 @@ def test_the_tuner_with_the_lowest_loss_is_kept(
     for row in read_rows(out / "metrics.jsonl"):
         assert row["sigma_min"] <= min(row["sigma_types"].values()) <= max(row["sigma_types"].values())
         assert ("gain" in row) == (meta_loss == "expected")
+    capsys.readouterr()
+    assert call("log", out) == 0
+    assert ("x sigma = 1" in capsys.readouterr().out) == (meta_loss == "expected")
 
 
 def test_a_validation_leaves_the_weights_and_divides_the_loss_reached_by_that_at_the_start(

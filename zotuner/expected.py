@@ -111,9 +111,9 @@ class Profiles:
         return self
 
     def gain(self, scales: Tensor) -> float:
-        """A^2 / (2 T B) with the running means, as a multiple of that with sigma = 1; NaN where that has no sense."""
-        here, there = (self._gain(squares) for squares in (scales.detach().double() ** 2, torch.ones(len(scales))))
-        return here / there if here > 0 and there > 0 else float("nan")
+        """A^2 / (2 T B) with the running means, of a point whose energy sums to 1; NaN where that has no sense."""
+        a, t, b = self._sums(scales)
+        return a * a / (2 * t * b) if a > 0 and t > 0 and b > 0 else float("nan")
 
     def gradient(self, point: Profile, scales: Tensor) -> Tensor | None:
         """d (log T + log B - 2 log A) / d sigma~ at a point: numerators are the point's, denominators running means.
@@ -121,9 +121,8 @@ class Profiles:
         Returns:
             (n,) float64; None where the means of A or B are not positive, so that nothing can be said yet.
         """
-        assert self.means is not None, "no point was added"
         scales = scales.detach().double()
-        a, t, b = (self.means / self.weight) @ scales**2
+        a, t, b = self._sums(scales)
         if not (a > 0 and b > 0):
             return None
         signal, energy, curvature = self._row(point)
@@ -135,7 +134,8 @@ class Profiles:
         whole = point.energy.sum()
         return torch.stack([point.signal / whole, point.energy / whole, point.curvature])
 
-    def _gain(self, squares: Tensor) -> float:
+    def _sums(self, scales: Tensor) -> tuple[float, float, float]:
+        """A, T and B."""
         assert self.means is not None, "no point was added"
-        a, t, b = ((self.means / self.weight) @ squares.double()).tolist()
-        return a * abs(a) / (2 * t * b) if t > 0 and b > 0 else float("nan")
+        a, t, b = ((self.means / self.weight) @ scales.detach().double() ** 2).tolist()
+        return a, t, b

@@ -156,7 +156,7 @@ class MetaTrainer:
             self._loss_prev, self._sigma_prev = found.losses, raw.detach()
         return found.row | self._spread(scales.detach())
 
-    def _sampled(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> "_Found":
+    def _sampled(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> _Found:
         """The loss after a virtual step, averaged over draws."""
         lr = self._inner_lr(draws[0].step)
         steps = [
@@ -175,15 +175,16 @@ class MetaTrainer:
         losses = (_mean([step.losses[0] for step in usable]), _mean([step.losses[1] for step in usable]))
         return _Found(row, torch.stack([step.gradient for step in usable]).mean(dim=0), losses)
 
-    def _expected(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> "_Found":
-        """The gain of a step at its best lr, averaged over noise; its losses are told as that of the point."""
+    def _expected(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> _Found:
+        """The loss after a step at its best lr, averaged over noise; the losses told are that of the point."""
         point = profile(self.blocks, closure, judge, draws, eps=self._config.eps)
+        row: dict[str, Any] = {"loss": point.loss, "meta_loss": math.nan, "coefficients": [], "skipped": len(draws)}
         if not point.finite:
-            return _Found({"loss": point.loss, "meta_loss": math.nan, "skipped": len(draws)}, None, None)
+            return _Found(row, None, None)
         gradient = self._profiles.add(point).gradient(point, scales)
-        gain = self._profiles.gain(scales)
-        row = {"loss": point.loss, "meta_loss": -math.log(gain) if gain > 0 else math.nan, "gain": gain, "skipped": 0}
-        return _Found(row, gradient, (point.loss, point.loss))
+        gain, isotropic = self._profiles.gain(scales), self._profiles.gain(torch.ones_like(scales))
+        row["meta_loss"] = point.loss - gain * float(point.energy.sum())
+        return _Found(row | {"gain": gain / isotropic, "skipped": 0}, gradient, (point.loss, point.loss))
 
     def _inner_lr(self, number: int) -> float:
         """The lr of a point's virtual steps, uniform in its logarithm."""

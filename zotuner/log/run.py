@@ -76,6 +76,7 @@ class MetaStep(Step):
     sigma_min: float | None
     sigma_max: float | None
     sigma_log_std: float | None
+    gain: float | None = None  # over sigma = 1, where the meta-loss tells
     position: int
     task: str
 

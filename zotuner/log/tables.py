@@ -68,11 +68,12 @@ def _finetune_columns(run: Run, cuts: Sequence[slice]) -> dict[str, list[str]]:
 
 
 def _meta_columns(run: Run, cuts: Sequence[slice]) -> dict[str, list[str]]:
-    loss, meta_loss = run.column("loss"), run.column("meta_loss")
+    loss, meta_loss, gain = run.column("loss"), run.column("meta_loss"), run.column("gain")
     return {
         "loss": [_mean(loss[cut], ".4f") for cut in cuts],
         "meta-loss": [_mean(meta_loss[cut], ".4f") for cut in cuts],
         "gain": [_mean((loss - meta_loss)[cut], "+.5f") for cut in cuts],
+        **({"x sigma = 1": [_mean(gain[cut], ".2f") for cut in cuts]} if np.isfinite(gain).any() else {}),
         "sigma~ min": [_extreme(run.column("sigma_min")[cut], np.nanmin) for cut in cuts],
         "max": [_extreme(run.column("sigma_max")[cut], np.nanmax) for cut in cuts],
         "std of log": [_mean(run.column("sigma_log_std")[cut], ".3f") for cut in cuts],
