@@ -235,9 +235,8 @@ def test_what_further_forwards_take_is_compared_with_the_whole_model(objective: 
     opt = FZOO(model, lr=0.0, num_perturbations=3, branch_threads=1)
     opt.step(closure)
     assert max(asked) == 4  # the frozen weights are large beside the activations, the adapter's tensors are not
-    assert (
-        opt._perturber._widest >= batch.input_ids.shape[0] * len(batch.columns) * 400 * 4
-    )  # of a layer that stays as it is
+    predicting = batch.input_ids.shape[0] * len(batch.columns)
+    assert opt._perturber._widest >= predicting * 400 * 4  # of a layer that stays as it is
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

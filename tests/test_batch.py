@@ -135,6 +135,7 @@ def test_padding_is_not_seen_and_all_see_themselves() -> None:
 
 def test_equal_paths_of_different_examples_are_computed_once() -> None:
     batch = batch_of(PATHS, PATHS)
+    assert batch.input_ids.shape[0] == 1
     assert batch.tokens == 6
     assert batch.plain is not None
     assert batch.plain.input_ids.shape[0] == 2

@@ -252,7 +252,7 @@ def test_the_virtual_steps_lr_is_drawn_from_its_range() -> None:
     assert drawn == [trainer._inner_lr(number) for number in range(200)]
     assert 0.1 <= min(drawn) < 0.12
     assert 8.0 < max(drawn) <= 10.0
-    assert 0.7 < torch.tensor(drawn).log().exp().median() < 1.4
+    assert 0.7 < torch.tensor(drawn).median() < 1.4
     fixed = MetaTrainer(model, Tuner.for_model(model, "exp"), config(inner_lr=0.5))
     assert fixed._inner_lr(3) == 0.5
 

@@ -592,6 +592,8 @@ def test_micro_batches_hold_every_example_once_and_are_padded_to_their_own_longe
     whole = objective.training_batch(MANY + ONE + RAGGED)
     assert Counter(x for batch in batches for x in batch.labels.tolist()) == Counter(whole.labels.tolist())
     assert all(bool((batch.segments[:, 0] == 0).any()) for batch in batches)
+    padded, at_once = ([b.plain or b for b in some] for some in (batches, [whole]))
+    assert len(batches) == 1 or sum(b.input_ids.numel() for b in padded) < at_once[0].input_ids.numel()
 
 
 @pytest.mark.parametrize("branches", [1, 3])

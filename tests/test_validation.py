@@ -60,8 +60,14 @@ def test_a_validation_leaves_the_weights_and_divides_the_loss_reached_by_that_at
     settings: Any = {"model": "m", "out": tmp_path, "validate_steps": 2, "inner_lr": 1e-3}
     before = weights_sha256(model)
     tuner = Tuner.for_model(model, "exp")
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     made = Validation(
-        model, tuner, MetaTrainConfig(**settings), {task.name: objective}, {task.name: splits}, tmp_path / "w"
+        model,
+        tuner,
+        MetaTrainConfig(**settings),
+        {task.name: objective},
+        {task.name: splits},
+        lambda: model.load_state_dict(start),
     )
     share = made(Display())
     assert share == made(Display())

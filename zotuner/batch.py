@@ -98,7 +98,7 @@ class Batch:
         """Tokens of the longest path."""
         return int(self.position_ids.max()) + 1
 
-    @property
+    @cached_property
     def columns(self) -> Tensor:
         """(columns,) int64, from the end, ascending: where some row predicts something."""
         columns: Tensor = self.places[1].unique(sorted=True)

@@ -10,7 +10,7 @@ best lr it gains A^2 / (2 T B). Source: docs/method.md, "Meta-training".
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from zotuner import noise
 from zotuner.blocks import Block, Piece
 from zotuner.gradients import block_dots, each_gradient
-from zotuner.perturb import Draw, shift
+from zotuner.perturb import Draw, shifted
 
 MEMORY = 0.95  # of the running means over points: they go back some 20
 
@@ -81,14 +81,10 @@ def profile(blocks: Sequence[Block], loss: Loss, other: Loss | None, draws: Sequ
             with each_gradient(blocks, second):
                 other().backward()
         for row, draw in zip(beyond, draws, strict=True):
-            shift(blocks, draw, [[eps]] * n)
-            try:
-                with block_dots(blocks, draw, row):
-                    loss().backward()
-            finally:
-                shift(blocks, draw, [[-eps]] * n)
+            with shifted(blocks, draw, [[eps]] * n), block_dots(blocks, draw, row):
+                loss().backward()
     curvature = ((beyond - at) / eps).mean(dim=0)
-    return Profile(float(value.detach()), energy.clone() if other is None else signal, energy, curvature)
+    return Profile(float(value.detach()), energy if other is None else signal, energy, curvature)
 
 
 @dataclass
@@ -101,7 +97,7 @@ class Profiles:
     """
 
     means: Tensor | None = None
-    weight: float = field(default=0.0)
+    weight: float = 0.0
 
     def add(self, point: Profile) -> Self:
         """Takes a point in."""

@@ -28,7 +28,7 @@ from zotuner.gradients import block_dots
 from zotuner.optim.estimators import TwoPoint
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import normalize
-from zotuner.perturb import Draw, Perturbation, Perturber, shift
+from zotuner.perturb import Draw, Perturbation, Perturber, shifted
 from zotuner.snapshot import (
     optimizer_groups,
     optimizer_tensors,
@@ -98,13 +98,9 @@ def virtual_step(
     if not math.isfinite(c):
         return VirtualStep(losses, c, math.nan, dots)
     step = [[-lr * c * s] for s in sigma]
-    shift(blocks, draw, step)
-    try:
-        with torch.enable_grad(), block_dots(blocks, draw, dots):
-            loss = (judge or closure)()
-            loss.backward()
-    finally:
-        shift(blocks, draw, [[-a for a in alphas] for alphas in step])
+    with shifted(blocks, draw, step), torch.enable_grad(), block_dots(blocks, draw, dots):
+        loss = (judge or closure)()
+        loss.backward()
     return VirtualStep(losses, c, float(loss.detach()), -lr * c * dots)
 
 

@@ -30,7 +30,6 @@ from zotuner.tuner import Tuner
 from zotuner.validation import Validation
 
 METRICS, SUMMARY, TRAJECTORY = "metrics.jsonl", "summary.json", "trajectory"
-VALIDATION = "validation.safetensors"  # the starting weights while a run is tried
 # What a run is told that does not change the tuner, and so is none of its card's business
 NOT_OF_THE_TUNER = {"out", "data_dir", "overwrite", "save_every"}
 
@@ -100,7 +99,7 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         data = digest([example for split in splits.values() for example in split.train])
         trainer, validation = MetaTrainer(model, tuner, config), None
         if config.validate_steps:
-            validation = Validation(model, tuner, config, objectives, splits, config.out / VALIDATION)
+            validation = Validation(model, tuner, config, objectives, splits, points.to_start)
         walked = _Walked(config, trainer, points, loss, model, display, requests, data, validation)
         seconds = walked.run()
         tuner.save_pretrained(config.out)

@@ -4,15 +4,13 @@ starting weights, task  ->  a run at each of a few learning rates  ->  loss on h
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zotuner.config import MetaTrainConfig
 from zotuner.evaluate import evaluate
-from zotuner.models import keep_weights, restore_weights
 from zotuner.objective import Objective
 from zotuner.optim import ZOFineTuner
 from zotuner.progress import Bar, Display
@@ -24,7 +22,7 @@ MOST = 200  # held-back examples of a task
 
 
 class Validation:
-    """Runs a tuner from the model's weights as they are now, which it leaves as they are.
+    """Runs a tuner from the model's starting weights, to which it brings the model back.
 
     Args:
         model: At the starting weights.
@@ -32,7 +30,7 @@ class Validation:
         config: Of the meta-training.
         objectives: Of each task.
         splits: Of each task: batches from train, losses on dev.
-        file: Where the starting weights are kept.
+        to_start: Brings the model to its starting weights.
     """
 
     def __init__(
@@ -42,9 +40,9 @@ class Validation:
         config: MetaTrainConfig,
         objectives: Mapping[str, Objective],
         splits: Mapping[str, Splits],
-        file: Path,
+        to_start: Callable[[], None],
     ) -> None:
-        self._model, self._tuner, self._config, self._file = model, tuner, config, file
+        self._model, self._tuner, self._config, self._to_start = model, tuner, config, to_start
         self._tasks = {name: (objectives[name], splits[name].train, splits[name].dev[:MOST]) for name in splits}
         self._start: dict[str, float] = {}
 
@@ -56,7 +54,6 @@ class Validation:
             display: Where progress goes.
             heed: Called before each step; may raise.
         """
-        keep_weights(self._model, self._file)
         bar = display.bar("validate", len(self._tasks) * len(FACTORS) * self._config.validate_steps)
         shares = []
         for name, (objective, train, dev) in self._tasks.items():
@@ -66,11 +63,10 @@ class Validation:
             for factor in FACTORS:
                 self._run(objective, train, self._config.inner_lr * factor, bar, heed)
                 reached.append(self._loss(objective, dev))
-                restore_weights(self._model, self._file)
+                self._to_start()
             finite = [loss for loss in reached if loss < float("inf")]
             shares.append(min(finite, default=float("nan")) / self._start[name])
         bar.close()
-        self._file.unlink()
         return sum(shares) / len(shares)
 
     def _loss(self, objective: Objective, examples: Sequence[Example]) -> float:
@@ -80,15 +76,9 @@ class Validation:
         self, objective: Objective, train: Sequence[Example], lr: float, bar: Bar, heed: Callable[[], None]
     ) -> None:
         config = self._config
-        noise = {"eps": config.eps, "noise": config.noise, "seed": config.seed}
-        opt = ZOFineTuner(self._model, self._tuner, lr, **noise)  # type: ignore[arg-type]
+        opt = ZOFineTuner(self._model, self._tuner, lr, eps=config.eps, noise=config.noise, seed=config.seed)
         order = batches(train, config.batch_size, config.seed)
         for _, examples in zip(range(config.validate_steps), order, strict=False):
             heed()
-            batch = objective.training_batch(examples)
-
-            def closure(branches: int = 1, batch: Any = batch) -> Tensor:
-                return objective.loss(self._model, batch, branches)
-
-            opt.step(closure)
+            opt.step(partial(objective.loss, self._model, objective.training_batch(examples)))
             bar.advance()

@@ -11,7 +11,7 @@ engine      `Perturber`: which losses are evaluated how
 
 from zotuner.perturb.draw import Draw
 from zotuner.perturb.engine import ENGINES, Closure, Perturber
-from zotuner.perturb.field import Chunk, Direction, Field, Held, shift
+from zotuner.perturb.field import Chunk, Direction, Field, Held, shift, shifted
 from zotuner.perturb.lanes import spread
 from zotuner.perturb.slot import Perturbation
 
@@ -26,5 +26,6 @@ __all__ = [
     "Perturbation",
     "Perturber",
     "shift",
+    "shifted",
     "spread",
 ]

@@ -7,7 +7,8 @@ that an update makes, in the same sweep. Whoever makes elements uses single oper
 which IEEE 754 rounds in one way: of fused ones, such as `addcmul`, the last bit can hang on the number of threads.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -183,3 +184,13 @@ def shift(
     pieces = list(pieces_of(blocks))
     on_cpu = all(piece.param.device.type == "cpu" for _, piece in pieces)
     spread(move, pieces, [piece.numel for _, piece in pieces], None if on_cpu else 1)
+
+
+@contextmanager
+def shifted(blocks: Sequence[Block], along: Direction, alphas: Sequence[Sequence[float]]) -> Iterator[None]:
+    """While it lasts, the weights are where `shift` brings them; they come back by the opposite, to within rounding."""
+    shift(blocks, along, alphas)
+    try:
+        yield
+    finally:
+        shift(blocks, along, [[-alpha for alpha in row] for row in alphas])

@@ -5,7 +5,7 @@ examples  ->  tokens  ->  rows that hold what candidates share once  ->  one for
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -126,18 +126,16 @@ class CausalScorer:
 
     def goes_on(self, model: Any, examples: Sequence[Example], prefix: Prefix) -> bool:
         """Whether some examples have the same scores behind a computed prefix as with it; asked once a model."""
-        if model not in self._goes_on:
-            plain = self.scores(model, self.batch(examples))[0]
-            came = _same(
+        return _answered(
+            self._goes_on,
+            model,
+            lambda: _same(
                 model,
-                plain,
+                self.scores(model, self.batch(examples))[0],
                 lambda: self.scores(model, self.batch(examples, prefix=prefix), 1, prefix)[0],
                 "go on from a prefix that was computed before: it is computed with every example",
-            )
-            if came is None:
-                return False
-            self._goes_on[model] = came
-        return self._goes_on[model]
+            ),
+        )
 
     def _readable(self, model: Any, batch: Batch, branches: int, prefix: Prefix | None) -> Batch:
         """The batch itself, or its candidates in rows of their own if the model does not read it right."""
@@ -146,12 +144,8 @@ class CausalScorer:
         length = batch.path_length + (0 if prefix is None else len(prefix.ids))
         if not accepts(model)("position_ids") or length > _window(model):
             return batch.plain
-        if model not in self._packs:
-            came = _agree(model, batch, branches, prefix)
-            if came is None:
-                return batch.plain
-            self._packs[model] = came
-        return batch if self._packs[model] else batch.plain
+        packs = _answered(self._packs, model, lambda: _agree(model, batch, branches, prefix))
+        return batch if packs else batch.plain
 
 
 def _scores(model: Any, batch: Batch, branches: int, prefix: Prefix | None) -> list[Tensor]:
@@ -213,6 +207,16 @@ def _window(model: Any) -> float:
     config = getattr(model, "config", None)
     stated = [getattr(config, name, None) for name in WINDOWS]
     return min((window for window in stated if isinstance(window, int)), default=torch.inf)
+
+
+def _answered(answers: MutableMapping[Any, bool], model: Any, ask: Callable[[], bool | None]) -> bool:
+    """What is known of a model, asked for where nothing is; None is no answer: not this time, and asked again."""
+    if model not in answers:
+        came = ask()
+        if came is None:
+            return False
+        answers[model] = came
+    return answers[model]
 
 
 @torch.no_grad()
