@@ -32,6 +32,7 @@ from zotuner.optim import (
 from zotuner.optim.updates import Momentum
 from zotuner.pertnn import normalize
 from zotuner.perturb import ENGINES, Draw, Perturber
+from zotuner.quantized import quantize_
 from zotuner.tuner import Tuner
 
 IDS = torch.arange(24).view(2, 12) % 13
@@ -369,12 +370,18 @@ def test_sigma_one_is_mezo_bit_for_bit() -> None:
     assert torch.equal(two.last.scales, torch.ones(len(two.blocks), dtype=torch.float64))
 
 
-def test_the_tuner_is_told_the_step_before() -> None:
-    model = tiny_llama().eval()
-    tuner = tuner_of(model)
+def told(tuner: Tuner) -> list[Tensor]:
+    """What a tuner is told from now on, (n, 5) a step."""
     seen: list[Tensor] = []
     original = tuner.scales
     tuner.scales = lambda features, nets=None: (seen.append(features.clone()), original(features, nets))[1]  # type: ignore[method-assign]
+    return seen
+
+
+def test_the_tuner_is_told_the_step_before() -> None:
+    model = tiny_llama().eval()
+    tuner = tuner_of(model)
+    seen = told(tuner)
     opt = ZOFineTuner(model, tuner, lr=LR, eps=EPS, seed=SEED)
     opt.step(closure_of(model))
     first = opt.last
@@ -383,8 +390,52 @@ def test_the_tuner_is_told_the_step_before() -> None:
     assert first is not None
     assert torch.equal(seen[0][:, :3], torch.tensor([0.0, 0.0, 1.0]).expand(len(opt.blocks), 3))
     assert torch.equal(seen[1][:, :2], torch.tensor(first.losses).expand(len(opt.blocks), 2))
-    assert torch.equal(seen[1][:, 2], original(seen[0]))  # raw, not normalised
+    assert torch.equal(seen[1][:, 2], tuner.scales(seen[0]))  # raw, not normalised
     torch.testing.assert_close(seen[1][:, 3:], torch.tensor(statistics))
+
+
+@pytest.mark.parametrize("how", ["streamed", "in-place", "bfloat16", "layer", "one-sided", "8 bits"])
+def test_an_update_takes_the_moments_that_the_next_step_is_told(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama().eval()
+    model = model.bfloat16() if how == "bfloat16" else quantize_(model, 8) if how == "8 bits" else model
+    tuner = Tuner.for_model(model, "abs", seed=5, granularity="layer" if how == "layer" else "block")
+    seen = told(tuner)
+    estimator, engine = (OneSided(3) if how == "one-sided" else None), ("in-place" if how == "in-place" else "streamed")
+    opt = ZOFineTuner(model, tuner, lr=LR, eps=EPS, seed=SEED, estimator=estimator, engine=engine)
+    opt.step(closure_of(model))
+    expected = torch.tensor([moments(block) for block in opt.blocks])
+    with monkeypatch.context() as patch:
+        patch.setattr("zotuner.optim.zo_finetuner.moments", None)  # no second pass over the weights
+        opt.step(closure_of(model))
+    assert torch.equal(seen[1][:, 3:], expected)
+
+
+def write_by_torch(model: nn.Module) -> None:
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+
+
+def write_by_loading(model: nn.Module) -> None:
+    model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()})
+
+
+def write_by_another_optimizer(model: nn.Module) -> None:
+    MeZO(model, lr=100.0, eps=EPS, seed=SEED + 1).step(closure_of(model))
+
+
+@pytest.mark.parametrize("write", [write_by_torch, write_by_loading, write_by_another_optimizer])
+def test_moments_of_an_update_are_forgotten_when_somebody_else_writes(write: Callable[[nn.Module], None]) -> None:
+    model = tiny_llama().eval()
+    tuner = tuner_of(model)
+    seen = told(tuner)
+    opt = ZOFineTuner(model, tuner, lr=LR, eps=EPS, seed=SEED)
+    opt.step(closure_of(model))
+    before = torch.tensor([moments(block) for block in opt.blocks])
+    write(model)
+    after = torch.tensor([moments(block) for block in opt.blocks])
+    opt.step(closure_of(model))
+    assert torch.equal(seen[1][:, 3:], after)
+    assert not torch.equal(before, after)
 
 
 def test_scales_keep_the_frobenius_budget() -> None:

@@ -102,6 +102,20 @@ class Piece:
         """The elements, for reading, in as many tensors as memory asks for."""
         yield self.view
 
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the elements, and whatever else their owner holds."""
+        return (self.param,)
+
+    def sums(self) -> tuple[float, float]:
+        """The sum of the elements, and that of their squares."""
+        total = square = 0.0
+        for tensor in self.parts():
+            some, squares = noise.sums(tensor)
+            total += some
+            square += squares
+        return total, square
+
     def move(self, draw: Any, alphas: Sequence[float], block: int, rounding: str) -> None:
         """Adds sum_k alphas[k] z_k of a `zotuner.perturb.Draw`, in place; see its `add`."""
         draw.add(self.view, alphas, out=self.view, block=block, start=self.start, rounding=rounding)
@@ -255,11 +269,12 @@ def _qkv_sizes(config: Any, kind: str) -> tuple[int, int, int] | None:
 
 def moments(block: Block) -> tuple[float, float]:
     """Mean and unbiased variance over a block's elements; one element has variance 0."""
-    total = square = 0.0
-    for tensor in (part for piece in block.pieces for part in piece.parts()):
-        some, squares = noise.sums(tensor)
-        total += some
-        square += squares
+    return moments_from(block, [piece.sums() for piece in block.pieces])
+
+
+def moments_from(block: Block, sums: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """`moments`, from the sums of each piece."""
+    total, square = (sum(column) for column in zip(*sums, strict=True))
     mean = total / block.numel
     spread = max(0.0, square - block.numel * mean**2)
     return mean, spread / (block.numel - 1) if block.numel > 1 else 0.0

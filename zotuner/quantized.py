@@ -177,6 +177,11 @@ class QuantizedPiece(Piece):
         """None: integers are no parameters."""
         return ()
 
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """Codes and scales."""
+        return tuple(self.param.buffers())
+
     def parts(self) -> Iterator[Tensor]:
         """The part, dequantised a chunk of rows at a time, each of which is valid until the next comes."""
         low, high = self.bounds

@@ -54,6 +54,10 @@ class Scale(Protocol):
         """(raw sigma, normalised sigma~), both (n,); `state` is the parameter group."""
         ...
 
+    def moved(self, moments: list[tuple[float, float]]) -> None:
+        """Told, right after an update, the mean and the variance of each block."""
+        ...
+
 
 class ZOOptimizer(torch.optim.Optimizer):
     """A zeroth-order optimizer over one model: `step(closure)` with a closure that only evaluates the loss.
@@ -247,7 +251,9 @@ class ZOOptimizer(torch.optim.Optimizer):
             coefficients = clipped(coefficients, self._clip, group)
         if not skipped:
             estimate = Estimate(begun.draw, begun.sigma, coefficients, losses, group, self._held)
-            self._perturber.update(*self._update(estimate))
+            moments = self._perturber.update(*self._update(estimate), measure=self._scale is not None)
+            if self._scale is not None:
+                self._scale.moved(moments)
         else:
             self._perturber.settle()
         if found is not None and not skipped:

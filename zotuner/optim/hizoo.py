@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from zotuner.optim.base import ZOOptimizer
 from zotuner.optim.estimators import ThreePoint
-from zotuner.optim.updates import Estimate, Move
-from zotuner.perturb import Chunk, Direction, Draw, Field
+from zotuner.optim.updates import Estimate
+from zotuner.perturb import Chunk, Direction, Draw, Field, Move
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from zotuner.perturb import Chunk, Direction, Draw, Field, Held
+from zotuner.perturb import Chunk, Draw, Field, Held, Move
 
-Move = tuple[Direction, Sequence[Sequence[float]]]  # along what, and how far in each block and branch
 TINY = 1e-8  # zeta, Adam's own (arXiv:1412.6980)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from zotuner.optim.base import ZOOptimizer
 from zotuner.optim.estimators import TwoPoint
-from zotuner.optim.updates import TINY, Estimate, Move
-from zotuner.perturb import Chunk, Direction, Draw, Field
+from zotuner.optim.updates import TINY, Estimate
+from zotuner.perturb import Chunk, Direction, Draw, Field, Move
 
 FIRST, SECOND = 0.05, 0.8  # shares of a run where annealing begins (the authors': step 1,024 of 20,000) and ends
 SPEEDS = {"alpha": 1.0, "beta1": 0.1, "beta2": 1.5}  # phi, the authors'

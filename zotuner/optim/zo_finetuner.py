@@ -15,16 +15,22 @@ from zotuner.perturb import spread
 from zotuner.tuner import Tuner
 
 
-def features_of(blocks: Sequence[Block], loss_prev: tuple[float, float], sigma_prev: Sequence[float]) -> Tensor:
+def features_of(
+    blocks: Sequence[Block],
+    loss_prev: tuple[float, float],
+    sigma_prev: Sequence[float],
+    known: Sequence[tuple[float, float]] | None = None,
+) -> Tensor:
     """What the PertNNs are told: (n, 5) float32, in the order of `zotuner.pertnn.FEATURES`.
 
     Args:
-        blocks: The model's blocks: their mean and variance are taken now.
+        blocks: The model's blocks.
         loss_prev: loss_plus and loss_minus of the step before, 0 at the first.
         sigma_prev: (n,) raw scales of the step before, 1 at the first.
+        known: Mean and variance of each block, where somebody has taken them; None: they are taken now.
     """
     with record_function("zotuner::statistics"):
-        found = spread(moments, blocks, [block.numel for block in blocks])
+        found = spread(moments, blocks, [block.numel for block in blocks]) if known is None else known
         rows = [(*loss_prev, sigma, *pair) for pair, sigma in zip(found, sigma_prev, strict=True)]
     return torch.tensor(rows, dtype=torch.float32)
 
@@ -45,14 +51,26 @@ class Learned:
         self._nets = tuner.nets_for(blocks)
         self._numels = tuner.numels_for(model, blocks)
         self._normalized = normalized
+        self._stored = list(dict.fromkeys(t for block in blocks for piece in block.pieces for t in piece.stored))
+        self._known: list[tuple[float, float]] = []  # moments of the blocks, after the last update
+        self._versions: list[int] = []  # of what is stored, then
 
     def scales(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(raw sigma, sigma~), both (n,); the step before is read from `state`."""
         sigma_prev = state.get("sigma_prev", [1.0] * len(self._blocks))
-        features = features_of(self._blocks, state.get("loss_prev", (0.0, 0.0)), sigma_prev)
+        known = self._known if self._versions == self._now() else None
+        features = features_of(self._blocks, state.get("loss_prev", (0.0, 0.0)), sigma_prev, known)
         with record_function("zotuner::pertnn"):
             raw = self._tuner.scales(features, self._nets)
         return raw, normalize(raw, self._numels) if self._normalized else raw.double()
+
+    def moved(self, moments: list[tuple[float, float]]) -> None:
+        """Keeps the moments that an update has taken, until somebody else writes to the weights."""
+        self._known, self._versions = moments, self._now()
+
+    def _now(self) -> list[int]:
+        """How often torch has seen each tensor change (not through `.data`, and not at all in inference mode)."""
+        return [tensor._version for tensor in self._stored]
 
 
 class ZOFineTuner(ZOOptimizer):

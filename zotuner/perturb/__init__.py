@@ -11,7 +11,7 @@ engine      `Perturber`: which losses are evaluated how
 
 from zotuner.perturb.draw import Draw
 from zotuner.perturb.engine import ENGINES, Closure, Perturber
-from zotuner.perturb.field import Chunk, Direction, Field, Held, shift, shifted
+from zotuner.perturb.field import Chunk, Direction, Field, Held, Move, shift, shifted
 from zotuner.perturb.lanes import spread
 from zotuner.perturb.slot import Perturbation
 
@@ -23,6 +23,7 @@ __all__ = [
     "Draw",
     "Field",
     "Held",
+    "Move",
     "Perturbation",
     "Perturber",
     "shift",

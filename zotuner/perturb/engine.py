@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from zotuner.blocks import Block, Piece, Weight, named_weights, pieces_of
 from zotuner.errors import unknown
 from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
-from zotuner.perturb.field import Direction, shift
+from zotuner.perturb.field import Direction, Move, shift, shift_and_measure
 from zotuner.perturb.lanes import arrange, can_run_side_by_side, side_by_side
 from zotuner.perturb.slot import Perturbation, Scratch, Slot, build, marked
 from zotuner.perturb.stored import slots_of
@@ -158,16 +158,28 @@ class Perturber:
         if self._walker is not None:
             self._walker.move(None)
 
-    def update(self, draw: Direction, alphas: Sequence[Sequence[float]]) -> None:
+    def update(
+        self, draw: Direction, alphas: Sequence[Sequence[float]], *, measure: bool = False
+    ) -> list[tuple[float, float]]:
         """theta_i += sum_k alphas[i][k] z_i of branch `draw.branch + k`, one sweep, which also ends a walk.
 
         Half-precision weights are rounded stochastically, so that small updates happen in the mean.
+
+        Args:
+            draw: z.
+            alphas: Of each block and branch.
+            measure: Take the moments of the blocks in the same sweep.
+
+        Returns:
+            (mean, variance) of each block after the update, as `zotuner.blocks.moments` has them; empty unless asked.
         """
         with marked("update"):
             if self._walker is not None:
-                self._walker.update(draw, alphas)
-            else:
-                shift(self._blocks, draw, alphas, "stochastic")
+                draw, alphas = self._walker.home_and(draw, alphas)
+            if measure:
+                return shift_and_measure(self._blocks, draw, alphas, "stochastic")
+            shift(self._blocks, draw, alphas, "stochastic")
+            return []
 
     def _watch(self, closure: Closure, point: Perturbation | None) -> float | None:
         """Finds, by one perturbed loss, what is read outside its module, and how wide activations are.
@@ -323,19 +335,20 @@ class _Walker:
             if to is not None:
                 shift(self._blocks, to.draw, [[b] for b in to.alphas])
 
-    def update(self, draw: Direction, alphas: Sequence[Sequence[float]]) -> None:
-        """The way home and the update in one sweep, where the point's branch is one of the update's."""
+    def home_and(self, draw: Direction, alphas: Sequence[Sequence[float]]) -> Move:
+        """The sweep that is left to do for an update: it holds the way home where the point's branch is one of its own.
+
+        Elsewhere theta goes home first.
+        """
         here = self._at
         place = -1 if here is None or here.draw != draw.branched(here.draw.branch) else here.draw.branch - draw.branch
         if here is None or not 0 <= place < len(alphas[0]):
             self.move(None)
-            shift(self._blocks, draw, alphas)
-            return
-        home = [
+            return draw, alphas
+        self._at = None
+        return draw, [
             [x - a if k == place else x for k, x in enumerate(row)] for row, a in zip(alphas, here.alphas, strict=True)
         ]
-        self._at = None
-        shift(self._blocks, draw, home)
 
 
 @contextmanager

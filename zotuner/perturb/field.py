@@ -10,16 +10,19 @@ which IEEE 754 rounds in one way: of fused ones, such as `addcmul`, the last bit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from zotuner import noise
-from zotuner.blocks import Block, Piece, pieces_of, row_spans
+from zotuner.blocks import Block, Piece, moments_from, pieces_of, row_spans
 from zotuner.perturb.draw import Draw
 from zotuner.perturb.lanes import spread
+
+T = TypeVar("T")
 
 CHUNK = 1 << 20  # elements that are made at a time
 
@@ -167,6 +170,7 @@ class Field:
 
 
 Direction = Draw | Field
+Move = tuple[Direction, Sequence[Sequence[float]]]  # along what, and how far in each block and branch
 
 
 def shift(
@@ -176,14 +180,40 @@ def shift(
 
     On the CPU each core takes blocks of its own.
     """
+    _sweep(blocks, along, alphas, rounding, lambda piece: None)
 
-    def move(numbered: tuple[int, Piece]) -> None:
+
+def shift_and_measure(
+    blocks: Sequence[Block], along: Direction, alphas: Sequence[Sequence[float]], rounding: str = "nearest"
+) -> list[tuple[float, float]]:
+    """`shift`, and (mean, variance) of each block after it: those of `zotuner.blocks.moments`, bit for bit.
+
+    A piece is summed up when it has moved, while it is in cache.
+    """
+    sums = iter(_sweep(blocks, along, alphas, rounding, lambda piece: piece.sums()))
+    return [moments_from(block, [next(sums) for _ in block.pieces]) for block in blocks]
+
+
+def _sweep(
+    blocks: Sequence[Block],
+    along: Direction,
+    alphas: Sequence[Sequence[float]],
+    rounding: str,
+    then: Callable[[Piece], T],
+) -> list[T]:
+    """Moves each piece; returns what `then` gives of it."""
+
+    def move(numbered: tuple[int, Piece]) -> T:
         number, piece = numbered
         piece.move(along, alphas[number], number, rounding)
+        return then(piece)
 
     pieces = list(pieces_of(blocks))
     on_cpu = all(piece.param.device.type == "cpu" for _, piece in pieces)
-    spread(move, pieces, [piece.numel for _, piece in pieces], None if on_cpu else 1)
+    found = spread(move, pieces, [piece.numel for _, piece in pieces], None if on_cpu else 1)
+    for tensor in dict.fromkeys(tensor for _, piece in pieces for tensor in piece.stored):
+        increment_version(tensor)  # kernels write where torch does not see it
+    return found
 
 
 @contextmanager
