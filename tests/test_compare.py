@@ -94,6 +94,14 @@ def planned(file: Path, out: Path) -> list[Planned]:
             "tasks.copa.max_length: input should be greater than or equal",
         ),
         ({"tasks": [{"max_length": 9}]}, "tasks.0.task: input should be a valid string, got None"),
+        (
+            {"tasks": [{"task": "copa", "budget": 0.5}]},
+            "tasks.copa.budget: expected whole forwards, got 0.5",
+        ),
+        (
+            {"tasks": [{"task": "copa", "budget": 8}]},
+            "tasks.copa.budget: 8 forwards do not hold one step of fzoo, which takes 9",
+        ),
         ({"methods": {"mezzo": {}}}, "methods.mezzo: unknown method 'mezzo'; did you mean 'mezo'?"),
         ({"methods": {"a/b": {"method": "mezo"}}}, "expected a name of letters, digits and . _ + -, got 'a/b'"),
         (
@@ -153,6 +161,16 @@ def test_every_run_has_the_same_budget_of_forwards_in_whole_steps(tmp_path: Path
     assert {run.method: run.config.eval_every for run in runs if run.method != "none"} == {
         **{"mezo": 10, "fzoo": 3, "fzoo-4": 4, "adam": 20},
     }
+
+
+def test_a_task_may_have_a_budget_of_its_own(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, tasks=["sst2", {"task": "copa", "budget": 40}], seeds=[0])
+    runs = planned(file, tmp_path / "out")
+    steps = {(run.task, run.method): run.config.steps for run in runs}
+    assert (steps["sst2", "mezo"], steps["copa", "mezo"], steps["copa", "fzoo"]) == (50, 20, 4)
+    assert {run.config.eval_every for run in runs if (run.task, run.method) == ("copa", "mezo")} == {4}
+    spec = Comparison.read(file)
+    assert (spec.budgets, str(spec.budget_of("copa"))) == ("40 to 100 forwards", "40 forwards")
 
 
 def test_the_first_runs_fill_the_table_then_the_grids_then_the_seeds(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Literal
 
-from zotuner.compare.spec import Comparison, Unit
+from zotuner.compare.spec import Budget, Comparison, Unit
 from zotuner.compare.state import Point, Status
 
 Edge = Literal["", "lowest", "highest", "only"]
@@ -177,7 +177,7 @@ def _row(
     summaries = [status.summary for status in mine.values()]
     names = [name for name in summaries[0]["final"] if name != "loss"]
     examples = min(summary["examples"]["test"] for summary in summaries)
-    reach, speedup = _reach(mine, base, spec)
+    reach, speedup = _reach(mine, base, spec.budget_of(task))
     return Row(
         task,
         method,
@@ -225,22 +225,20 @@ def _edge(lr: float | None, tried: Sequence[Tried]) -> Edge:
     return "lowest" if lr == tried[0].lr else "highest" if lr == tried[-1].lr else ""
 
 
-def _reach(
-    mine: Mapping[int, Status], base: Mapping[int, Status], spec: Comparison
-) -> tuple[Reach | None, float | None]:
+def _reach(mine: Mapping[int, Status], base: Mapping[int, Status], budget: Budget) -> tuple[Reach | None, float | None]:
     """Seed by seed, since a seed draws its own dev examples; seeds where the baseline did not improve are left out."""
     ours, theirs = [], []
     for seed in sorted(set(mine) & set(base)):
         target, curve = base[seed].best, base[seed].curve
         if target is None or not curve or not mine[seed].curve or not target < curve[0].loss:
             continue
-        ours.append(first_reach(mine[seed].curve, target, spec.budget.unit))
-        theirs.append(first_reach(curve, target, spec.budget.unit) or spec.budget.amount)
+        ours.append(first_reach(mine[seed].curve, target, budget.unit))
+        theirs.append(first_reach(curve, target, budget.unit) or budget.amount)
     if not ours:
         return None, None
-    spent = fmean([spec.budget.amount if cost is None else cost for cost in ours])
+    spent = fmean([budget.amount if cost is None else cost for cost in ours])
     speedup = fmean(theirs) / spent if spent else None
-    return Reach(spent / spec.budget.amount, None in ours), speedup
+    return Reach(spent / budget.amount, None in ours), speedup
 
 
 def _standing(method: str, spec: Comparison, by: Mapping[tuple[str, str], Row]) -> Standing:

@@ -97,11 +97,11 @@ class _Planner:
         options |= {"model": self._spec.model, "task": task.task, "method": method.method or name, "seed": seed}
         options |= {"out": self._out} | ({} if lr is None else {"lr": lr})
         self._check_names(task, name, options["method"], lr)
-        draft = self._config(options, task, name)
+        draft, budget = self._config(options, task, name), self._spec.budget_of(task.task)
         lr = None if draft.method == "none" else draft.lr
         folder = self._out / RUNS / task.task / name / f"lr-{'none' if lr is None else repr(lr)}" / f"seed-{seed}"
-        config = self._config(options | self._limits(draft, evaluations, name) | {"out": folder}, task, name)
-        budget, per_step = self._spec.budget, forwards_per_step(config)
+        config = self._config(options | self._limits(draft, evaluations, name, task) | {"out": folder}, task, name)
+        per_step = forwards_per_step(config)
         cost = float(config.steps * per_step) if budget.unit == "forwards" or not per_step else budget.amount
         return Planned(task.task, name, lr, seed, config, cost)
 
@@ -115,9 +115,9 @@ class _Planner:
         except ZotunerError as error:
             raise self._error("tasks", str(error)) from None
 
-    def _limits(self, draft: FinetuneConfig, evaluations: int | None, name: str) -> Options:
+    def _limits(self, draft: FinetuneConfig, evaluations: int | None, name: str, task: TaskEntry) -> Options:
         """What ends a run, and the steps between its evaluations."""
-        budget, per_step = self._spec.budget, forwards_per_step(draft)
+        budget, per_step = self._spec.budget_of(task.task), forwards_per_step(draft)
         if per_step == 0:
             return {"steps": 0}
         states_steps = "eval_every" in draft.model_fields_set
@@ -126,7 +126,8 @@ class _Planner:
         if budget.unit == "forwards":
             steps = int(budget.amount) // per_step
             if steps == 0:
-                raise self._error("budget", f"{budget} do not hold one step of {name}, which takes {per_step}")
+                where = "budget" if task.budget is None else f"tasks.{task.task}.budget"
+                raise self._error(where, f"{budget} do not hold one step of {name}, which takes {per_step}")
             return {"steps": steps, **({} if evaluations is None else {"eval_every": -(-steps // evaluations)})}
         if not states_steps:
             text = f"needs eval_every, and no evaluations: how many steps {budget} hold is not known before"

@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from zotuner.compare.charts import COLORS, task_chart
 from zotuner.compare.figures import Row, Standing, rows_of, standings_of
 from zotuner.compare.plan import Planned
-from zotuner.compare.spec import Comparison
+from zotuner.compare.spec import Comparison, TaskEntry
 from zotuner.compare.state import Status, read_status
 from zotuner.compare.tables import (
     STANDING_HEADINGS,
@@ -148,14 +148,20 @@ def _versions(statuses: Sequence[Status]) -> dict[str, str]:
 
 def _options(spec: Comparison) -> list[tuple[str, str]]:
     """What the file states, a line a place."""
-    lines = [("model", spec.model), ("budget of a run", str(spec.budget)), ("seeds", ", ".join(map(str, spec.seeds)))]
+    lines = [("model", spec.model), ("budget of a run", spec.budgets), ("seeds", ", ".join(map(str, spec.seeds)))]
     lines += [("baseline", spec.baseline), ("all runs", _stated(spec.defaults))]
-    lines += [(f"task {task.task}", _stated(task.options)) for task in spec.tasks if task.options]
+    lines += [
+        (f"task {task.task}", _stated(task.options | _own(task))) for task in spec.tasks if task.options or _own(task)
+    ]
     for name, method in spec.methods.items():
         own = {} if method.method is None else {"method": method.method}
         grid = {"lr": " ".join(f"{lr:g}" for lr in sorted(method.lr))} if method.lr else {}
         lines.append((f"method {name}", _stated(own | grid | method.options)))
     return lines
+
+
+def _own(task: TaskEntry) -> dict[str, Any]:
+    return {} if task.budget is None else {"budget": f"{task.budget:g}"}
 
 
 def _stated(options: dict[str, Any]) -> str:

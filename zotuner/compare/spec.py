@@ -50,8 +50,9 @@ def _options(value: Any, *more: str) -> Any:
 
 def _task(value: Any) -> Any:
     """`sst2` is short for `{task: sst2}`."""
-    mapping = {"task": value} if isinstance(value, str) else _options(value, "task", EVALUATIONS)
-    return {"task": mapping.get("task"), "options": {key: item for key, item in mapping.items() if key != "task"}}
+    mapping = {"task": value} if isinstance(value, str) else _options(value, "task", "budget", EVALUATIONS)
+    own = {"task": mapping.get("task"), "budget": mapping.get("budget")}
+    return {"options": {key: item for key, item in mapping.items() if key not in own}, **own}
 
 
 def _method(value: Any) -> Any:
@@ -113,15 +114,20 @@ class Budget(_Frozen):
         """How much of it."""
         return float(getattr(self, self.unit))
 
+    def of(self, amount: float) -> "Budget":
+        """Another amount of the same unit."""
+        return self.model_copy(update={self.unit: amount if self.unit == "seconds" else int(amount)})
+
     def __str__(self) -> str:
         return f"{self.amount:,.10g} {self.unit}"
 
 
 class TaskEntry(_Frozen):
-    """A task, and options for it."""
+    """A task, options for it, and what its runs may spend, where that is not what others may."""
 
     task: Name
     options: Options
+    budget: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class MethodEntry(_Frozen):
@@ -158,10 +164,25 @@ class Comparison(_Frozen):
     def _fits(self) -> Self:
         if self.baseline not in self.methods:
             raise ValueError(f"baseline: {unknown('method', self.baseline, self.methods)}")
+        for entry in self.tasks:
+            if entry.budget is not None and self.budget.unit != "seconds" and entry.budget != int(entry.budget):
+                raise ValueError(f"tasks.{entry.task}.budget: expected whole {self.budget.unit}, got {entry.budget:g}")
         names = [entry.task for entry in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: expected each task once, got {', '.join(names)}")
         return self
+
+    def budget_of(self, task: str) -> Budget:
+        """What each run on a task may spend."""
+        own = next(entry.budget for entry in self.tasks if entry.task == task)
+        return self.budget if own is None else self.budget.of(own)
+
+    @property
+    def budgets(self) -> str:
+        """What a run may spend: `600 forwards`, or `200 to 600 forwards` where tasks differ."""
+        found = [self.budget_of(entry.task) for entry in self.tasks]
+        low, high = (choose(found, key=lambda budget: budget.amount) for choose in (min, max))
+        return str(high) if low == high else f"{low.amount:,.10g} to {high}"
 
     @classmethod
     def read(cls, file: Path) -> Self:

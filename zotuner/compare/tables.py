@@ -77,7 +77,7 @@ def result_tables(
     for task in spec.tasks:
         mine = [row for row in rows if row.task == task.task]
         names = headings(spec, mine)
-        table = new_table(f"{task.task}: {spec.budget} a run", *names)
+        table = new_table(f"{task.task}: {spec.budget_of(task.task)} a run", *names)
         for row in mine:
             table.add_row(*cells(spec, row, len(names)))
         parts.append(table)
@@ -113,7 +113,7 @@ def remarks_on(spec: Comparison, rows: Sequence[Row], statuses: Sequence[Status]
 def plan_table(spec: Comparison, statuses: Sequence[Status], jobs: int) -> Table:
     """What is done and what remains, a row for each task and method, with the time that it will take."""
     table = new_table(
-        f"{len(statuses)} runs of {spec.budget}",
+        f"{len(statuses)} runs of {spec.budgets}",
         *("task, method", "lrs", "runs", "done", "running", "failed", f"{spec.budget.unit} left", "time left"),
     )
     groups = [
