@@ -17,7 +17,7 @@ from tiny import tiny_llama, tiny_opt
 from zotuner.blocks import find_blocks
 from zotuner.errors import ZotunerError
 from zotuner.inspection.fresh import TOLD_APART, spread_of_fresh, tensors
-from zotuner.inspection.sigma import LOSSES, Sigmas, compare, sigmas
+from zotuner.inspection.sigma import LOSSES, START, Sigmas, compare, sigmas
 from zotuner.inspection.tables import LABEL, MOST_CELLS, heat_map
 from zotuner.models import load_model
 from zotuner.optim.zo_finetuner import Learned
@@ -64,7 +64,7 @@ def test_other_losses_are_what_the_second_step_would_be_told() -> None:
     model, tuner = tiny_llama(), trained()
     learned, found = Learned(tuner, model, find_blocks(model)), sigmas(tuner, model)
     for loss, at in zip(LOSSES, found.at, strict=True):
-        np.testing.assert_allclose(at, learned.scales({"loss_prev": (loss, loss)})[1].numpy())
+        np.testing.assert_allclose(at, learned.scales({"loss_prev": (loss, loss), "loss_start": START})[1].numpy())
 
 
 def test_without_a_model_every_net_is_told_the_statistics_it_is_centred_at() -> None:

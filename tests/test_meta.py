@@ -17,7 +17,7 @@ from zotuner.errors import ZotunerError
 from zotuner.expected import Profile, Profiles, profile
 from zotuner.gradients import block_dots
 from zotuner.meta import MetaTrainer, virtual_step
-from zotuner.pertnn import normalize
+from zotuner.pertnn import FeatureSpec, normalize
 from zotuner.perturb import Draw, Perturber
 from zotuner.tasks import Example
 from zotuner.trajectory import Recorded, Walk
@@ -80,7 +80,7 @@ def test_the_block_dot_meta_gradient_is_autograds(architecture: Any, normalized:
     trainer._outer = torch.optim.SGD(tuner.bank.parameters(), lr=1.0)  # the step is the gradient itself
     before = {name: p.detach().clone() for name, p in tuner.bank.named_parameters()}
     expected = whole_graph_gradient(model, tuner, settings)
-    row = trainer.update(lambda: loss_of(model), never, number=6, position=0)
+    row = trainer.update(lambda: loss_of(model), never, number=6, position=0, task="t")
     assert row["skipped"] == 0
     for name, p in tuner.bank.named_parameters():
         torch.testing.assert_close(before[name] - p.detach(), expected[name], rtol=1e-6, atol=1e-10)
@@ -159,7 +159,7 @@ def test_a_meta_loss_that_is_not_finite_changes_no_net(meta_loss: str) -> None:
     tuner = Tuner.for_model(model, "abs")
     before = [p.detach().clone() for p in tuner.bank.parameters()]
     trainer = MetaTrainer(model, tuner, config(meta_loss=meta_loss))
-    row = trainer.update(lambda: loss_of(model) * float("nan"), never, number=0, position=0)
+    row = trainer.update(lambda: loss_of(model) * float("nan"), never, number=0, position=0, task="t")
     assert row["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, tuner.bank.parameters(), strict=True))
 
@@ -182,8 +182,8 @@ def test_meta_training_finds_the_block_that_pays(meta_loss: str, draws: int) -> 
     model = Split()
     tuner = Tuner.for_model(model, "exp")
     trainer = MetaTrainer(model, tuner, config(outer_lr=1e-2, draws=draws, meta_loss=meta_loss))
-    rows = [trainer.update(model, never, number=number, position=number) for number in range(30)]
-    sigma = trainer.scales()[1].detach()
+    rows = [trainer.update(model, never, number=number, position=number, task="t") for number in range(30)]
+    sigma = trainer.scales("t")[1].detach()
     assert float(sigma[0]) > 1.15
     assert float(sigma[1]) < 0.85
     assert rows[-1]["meta_loss"] < rows[-1]["loss"]
@@ -239,10 +239,40 @@ def test_a_step_is_judged_by_the_other_batch() -> None:
 
     for meta_loss in ("sampled", "expected"):
         trainer = MetaTrainer(model, tuner, config(second_batch=True, meta_loss=meta_loss))
-        row = trainer.update(model, other, number=0, position=0)
+        row = trainer.update(model, other, number=0, position=0, task="t")
         assert asked.pop() == 1
         assert not asked
         assert meta_loss == "expected" or row["meta_loss"] > -8.0
+
+
+@pytest.mark.filterwarnings("ignore:.*read outside")
+def test_nets_are_told_of_the_last_point_of_the_same_task() -> None:
+    model = Split()
+    tuner = Tuner.for_model(model, "exp")
+    trained_bank(tuner)
+    seen: list[tuple[list[float], float | None]] = []
+    original = FeatureSpec.__call__
+
+    def spied(self: FeatureSpec, features: Tensor, loss_start: float | None = None) -> Tensor:
+        seen.append((features[0, :3].tolist(), loss_start))
+        return original(self, features, loss_start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureSpec, "__call__", spied)
+        trainer = MetaTrainer(model, tuner, config())
+        rows = [
+            trainer.update(lambda slope=slope: model(slope), never, number=number, position=position, task=task)  # type: ignore[misc]
+            for number, (task, slope, position) in enumerate(
+                [("one", 1.0, 0), ("two", 5.0, 1), ("two", 6.0, 2), ("one", 2.0, 3), ("one", 3.0, 4), ("two", 5.0, 0)]
+            )
+        ]
+    losses = [row["loss"] for row in rows]
+    told = [(sum(features[:2]) / 2, start) for features, start in seen]
+    expected = [(0, None), (0, None), (losses[1], losses[1]), (losses[0], losses[0]), (losses[3], losses[0]), (0, None)]
+    for (loss, start), (wanted, wanted_start) in zip(told, expected, strict=True):
+        assert loss == pytest.approx(wanted)
+        assert start == (None if wanted_start is None else pytest.approx(wanted_start))
+    assert [features[2] == 1.0 for features, _ in seen] == [True, True, False, False, False, True]
 
 
 def test_the_virtual_steps_lr_is_drawn_from_its_range() -> None:

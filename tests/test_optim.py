@@ -30,6 +30,7 @@ from zotuner.optim import (
     ZOSign,
 )
 from zotuner.optim.updates import Momentum
+from zotuner.optim.zo_finetuner import Learned
 from zotuner.pertnn import normalize
 from zotuner.perturb import ENGINES, Draw, Perturber
 from zotuner.quantized import quantize_
@@ -374,7 +375,7 @@ def told(tuner: Tuner) -> list[Tensor]:
     """What a tuner is told from now on, (n, 5) a step."""
     seen: list[Tensor] = []
     original = tuner.scales
-    tuner.scales = lambda features, nets=None: (seen.append(features.clone()), original(features, nets))[1]  # type: ignore[method-assign]
+    tuner.scales = lambda features, *more: (seen.append(features.clone()), original(features, *more))[1]  # type: ignore[method-assign]
     return seen
 
 
@@ -392,6 +393,31 @@ def test_the_tuner_is_told_the_step_before() -> None:
     assert torch.equal(seen[1][:, :2], torch.tensor(first.losses).expand(len(opt.blocks), 2))
     assert torch.equal(seen[1][:, 2], tuner.scales(seen[0]))  # raw, not normalised
     torch.testing.assert_close(seen[1][:, 3:], torch.tensor(statistics))
+
+
+def test_nets_that_see_relative_losses_are_told_the_first_loss_also_after_a_restart() -> None:
+    model = tiny_llama().eval()
+    tuner = Tuner.for_model(model, "exp")
+    with torch.no_grad():
+        tuner.bank.w2.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    opt = ZOFineTuner(model, tuner, lr=LR, eps=EPS, seed=SEED)
+    opt.step(closure_of(model))
+    assert opt.last is not None
+    first = sum(opt.last.losses) / 2
+    assert opt.param_groups[0]["loss_start"] == first
+    again = copy.deepcopy(model)
+    twin = ZOFineTuner(again, tuner, lr=LR, eps=EPS, seed=SEED)
+    twin.load_state_dict(opt.state_dict())
+    for some, its in ((opt, model), (twin, again)):
+        some.step(closure_of(its))
+        some.step(closure_of(its))
+    assert twin.last is not None
+    assert opt.last.scales is not None
+    assert torch.equal(opt.last.scales, twin.last.scales)
+    raw, _ = Learned(tuner, model, opt.blocks).scales({**opt.param_groups[0], "loss_start": first})
+    other, _ = Learned(tuner, model, opt.blocks).scales({**opt.param_groups[0], "loss_start": 2 * first})
+    assert opt.param_groups[0]["loss_start"] == first
+    assert not torch.allclose(raw, other)
 
 
 @pytest.mark.parametrize("how", ["streamed", "in-place", "bfloat16", "layer", "one-sided", "8 bits"])

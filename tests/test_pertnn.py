@@ -209,6 +209,15 @@ def test_features_are_transformed_then_shifted_then_scaled() -> None:
     torch.testing.assert_close(spec(x), torch.tensor([[3.0, 0.0, 1.0, 2.0, 0.5], [-1.0, -1.0, 0.0, 0.0, -0.5]]))
 
 
+@pytest.mark.parametrize(
+    ("start", "seen"), [(None, 0.0), (4.0, -0.25), (2.0, 0.5), (-3.0, 2.0), (0.0, 3 / TINY), (3.0, 0.0)]
+)
+def test_a_relative_loss_is_the_share_by_which_it_has_changed(start: float | None, seen: float) -> None:
+    spec = FeatureSpec(transform=("relative", "relative", "identity", "identity", "log"))
+    found = spec(torch.tensor([[3.0, 3.0, 3.0, 3.0, 1.0]]), start)
+    torch.testing.assert_close(found, torch.tensor([[seen, seen, 3.0, 3.0, 0.0]]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_logarithm_of_nothing_is_finite(dtype: torch.dtype) -> None:
     spec = FeatureSpec(transform=("log",) * 5)
@@ -222,8 +231,8 @@ def test_the_logarithm_of_nothing_is_finite(dtype: torch.dtype) -> None:
 def test_standardized_statistics_have_mean_zero_and_deviation_one() -> None:
     mean, var = random(40) * 0.3 + 0.1, random(40, seed=1).exp() * 1e-3
     ones = torch.ones(40)
-    found = FeatureSpec.standardized(mean, var)(torch.stack([2 * ones, 3 * ones, ones, mean, var], dim=1))
-    assert found[:, :2].unique().tolist() == [2.0, 3.0]
+    found = FeatureSpec.standardized(mean, var)(torch.stack([2 * ones, 3 * ones, ones, mean, var], dim=1), 2.0)
+    assert found[:, :2].unique().tolist() == [0.0, 0.5]
     assert float(found[:, 2].abs().max()) < 1e-6  # log of a scale of 1
     assert found[:, 3:].mean(dim=0).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
     assert found[:, 3:].std(dim=0).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
@@ -253,7 +262,10 @@ def test_a_specification_survives_json() -> None:
         ({"transform": ("identity",) * 4}, r"needs 5 entries a list, got \[4, 5\]"),
         ({"shift": ()}, r"needs 5 entries a list, got \[0, 5\]"),
         ({"scale": (1.0,) * 6}, r"needs 5 entries a list, got \[5, 6\]"),
-        ({"transform": ("logg",) * 5}, "unknown feature transform 'logg'; did you mean 'log'. Known: identity, log"),
+        (
+            {"transform": ("logg",) * 5},
+            "unknown feature transform 'logg'; did you mean 'log'. Known: identity, log, relative",
+        ),
         ({"scale": (1.0, 1.0, 0.0, 1.0, 1.0)}, "finite and scale not 0"),
         ({"scale": (1.0, 1.0, math.nan, 1.0, 1.0)}, "finite and scale not 0"),
         ({"shift": (math.inf, 0.0, 0.0, 0.0, 0.0)}, "finite and scale not 0"),

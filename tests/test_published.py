@@ -658,7 +658,7 @@ def test_the_optimizer_and_meta_training_keep_one_budget(rows: int | None) -> No
     tuner = Tuner.for_model(model, "abs", seed=3, embedding_rows=rows)
     opt = ZOFineTuner(model, tuner, lr=0.0)
     trainer = MetaTrainer(model, tuner, MetaTrainConfig(model="m", out=Path("o")))
-    raw, scales = (x.detach() for x in trainer.scales())
+    raw, scales = (x.detach() for x in trainer.scales("copa"))
     opt.step(closure(model))
     assert opt.last is not None
     assert opt.last.scales is not None

@@ -60,6 +60,21 @@ class VirtualStep:
 
 
 @dataclass(frozen=True)
+class _Told:
+    """What the nets are told of the last point of a task.
+
+    Attributes:
+        losses: Of it; 0 at the first.
+        sigma: (n,) raw scales there; 1 at the first.
+        start: The loss at the task's first point since the model began anew; None: this is the first.
+    """
+
+    losses: tuple[float, float]
+    sigma: Tensor
+    start: float | None
+
+
+@dataclass(frozen=True)
 class _Found:
     """What a meta-loss says at a point.
 
@@ -119,12 +134,11 @@ class MetaTrainer:
         self._numels = tuner.numels_for(model, self.blocks)
         self._perturber = Perturber(model, self.blocks)
         self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
-        self._loss_prev = (0.0, 0.0)
-        self._sigma_prev = torch.ones(len(self.blocks))
+        self._told: dict[str, _Told] = {}  # of each task
         self._profiles = Profiles()
         self._types = block_types([block.name for block in self.blocks])
 
-    def update(self, closure: Loss, other: Loss, *, number: int, position: int) -> dict[str, Any]:
+    def update(self, closure: Loss, other: Loss, *, number: int, position: int, task: str) -> dict[str, Any]:
         """One outer step at the model's present weights.
 
         Args:
@@ -132,13 +146,14 @@ class MetaTrainer:
             other: That of another batch, asked if `second_batch` is set.
             number: Of the point; noise is drawn with it.
             position: 0: the trajectory begins anew, and so do the nets' inputs.
+            task: Of the point: the nets are told of the last point of the same.
 
         Returns:
             What a row of metrics holds.
         """
         if position == 0:
-            self._loss_prev, self._sigma_prev = (0.0, 0.0), torch.ones(len(self.blocks))
-        raw, scales = self.scales()
+            self._told.clear()
+        raw, scales = self.scales(task)
         draws = [Draw(self._config.noise, self._config.seed, number, k) for k in range(self._config.draws)]
         judge = other if self._config.second_batch else None
         found = (self._expected if self._config.meta_loss == "expected" else self._sampled)(
@@ -149,7 +164,9 @@ class MetaTrainer:
             (scales * found.gradient).sum().backward()
             self._outer.step()
         if found.losses is not None:
-            self._loss_prev, self._sigma_prev = found.losses, raw.detach()
+            start = self._of(task).start
+            start = sum(found.losses) / 2 if start is None else start
+            self._told[task] = _Told(found.losses, raw.detach(), start)
         return found.row | self._spread(scales.detach())
 
     def _sampled(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> _Found:
@@ -201,17 +218,22 @@ class MetaTrainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the next outer step stands on: the nets and Adam's moments, and what the nets are told."""
         nets = {f"nets.{name}": tensor for name, tensor in self.nets().items()}
-        tensors = {**nets, **optimizer_tensors(self._outer, "outer."), "sigma_prev": self._sigma_prev}
+        told = {f"told.{task}": told.sigma for task, told in self._told.items()}
+        tensors = {**nets, **optimizer_tensors(self._outer, "outer."), **told}
         if self._profiles.means is not None:
             tensors["profiles"] = self._profiles.means
-        numbers = {"loss_prev": self._loss_prev, "profiles": self._profiles.weight}
+        losses = {task: [*told.losses, told.start] for task, told in self._told.items()}
+        numbers = {"told": losses, "profiles": self._profiles.weight}
         return tensors, {"outer": optimizer_groups(self._outer), **numbers}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes back what `state` gave."""
         self.take_nets(under("nets.", tensors))
         restore_optimizer(self._outer, state["outer"], tensors, "outer.")
-        self._sigma_prev, self._loss_prev = tensors["sigma_prev"], tuple(state["loss_prev"])
+        sigmas = under("told.", tensors)
+        self._told = {
+            task: _Told((plus, minus), sigmas[task], start) for task, (plus, minus, start) in state["told"].items()
+        }
         self._profiles = Profiles(tensors.get("profiles"), state["profiles"])
 
     def nets(self) -> dict[str, Tensor]:
@@ -222,11 +244,15 @@ class MetaTrainer:
         """Takes back what `nets` gave."""
         self._tuner.bank.load_state_dict(nets)
 
-    def scales(self) -> tuple[Tensor, Tensor]:
-        """(raw sigma, sigma~), both (n,), with their graph into the PertNNs."""
-        features = features_of(self.blocks, self._loss_prev, self._sigma_prev.tolist())
-        raw = self._tuner.bank(self._tuner.spec(features))
+    def scales(self, task: str) -> tuple[Tensor, Tensor]:
+        """(raw sigma, sigma~), both (n,), for the next point of a task, with their graph into the PertNNs."""
+        told = self._of(task)
+        features = features_of(self.blocks, told.losses, told.sigma.tolist())
+        raw = self._tuner.bank(self._tuner.spec(features, told.start))
         return raw, normalize(raw, self._numels) if self._config.normalized else raw.double()
+
+    def _of(self, task: str) -> _Told:
+        return self._told.get(task, _Told((0.0, 0.0), torch.ones(len(self.blocks)), None))
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -300,4 +300,6 @@ def _update(trainer: MetaTrainer, point: Point, loss: Any) -> dict[str, Any]:
     def of(examples: Any) -> Any:
         return lambda: loss(point.task, examples)
 
-    return trainer.update(of(point.examples), of(point.others), number=point.number, position=point.position)
+    return trainer.update(
+        of(point.examples), of(point.others), number=point.number, position=point.position, task=point.task
+    )

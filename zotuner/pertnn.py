@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zotuner.errors import unknown
 
 FEATURES = ("loss_plus", "loss_minus", "sigma_prev", "mean", "var")
+TRANSFORMS = ("identity", "log", "relative")
 ARCHITECTURES = ("abs", "exp")
 HIDDEN = 64  # units (arXiv:2510.00419)
 TINY = 1e-12  # keeps the logarithm of a variance or a scale finite
@@ -23,10 +24,11 @@ TINY = 1e-12  # keeps the logarithm of a variance or a scale finite
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a net sees of each raw feature x: (f(x) - shift) / scale, with f the identity or log.
+    """What a net sees of each raw feature x: (f(x) - shift) / scale.
 
     Attributes:
-        transform: "identity" or "log" for each of `FEATURES`.
+        transform: f for each of `FEATURES`: "identity", "log", or, for losses, "relative": (x - s) / |s| with s the
+            loss that the run began with; 0 before it is known.
         shift: Subtracted after the transform.
         scale: Divided by after the shift; not 0.
     """
@@ -40,21 +42,30 @@ class FeatureSpec:
         if lengths != {len(FEATURES)}:
             raise ValueError(f"a feature specification needs {len(FEATURES)} entries a list, got {sorted(lengths)}")
         for name in self.transform:
-            if name not in ("identity", "log"):
-                raise ValueError(unknown("feature transform", name, ("identity", "log")))
+            if name not in TRANSFORMS:
+                raise ValueError(unknown("feature transform", name, TRANSFORMS))
         numbers = (*self.shift, *self.scale)
         if not all(math.isfinite(x) for x in numbers) or 0.0 in self.scale:
             raise ValueError(f"shift and scale must be finite and scale not 0, got {self.shift} and {self.scale}")
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """Raw features (n, 5) to what the nets see, (n, 5) of the same dtype."""
-        logs = torch.tensor([t == "log" for t in self.transform])
-        x = torch.where(logs, torch.log(features.clamp_min(0) + TINY), features)
+    def __call__(self, features: Tensor, loss_start: float | None = None) -> Tensor:
+        """Raw features (n, 5) to what the nets see, (n, 5) of the same dtype.
+
+        Args:
+            features: In the order of `FEATURES`.
+            loss_start: The loss that the run began with; None: it begins now.
+        """
+        log, relative = (torch.tensor([t == name for t in self.transform]) for name in TRANSFORMS[1:])
+        x = torch.where(log, torch.log(features.clamp_min(0) + TINY), features)
+        share = (
+            torch.zeros_like(features) if loss_start is None else (features - loss_start) / max(abs(loss_start), TINY)
+        )
+        x = torch.where(relative, share, x)
         return (x - torch.tensor(self.shift, dtype=x.dtype)) / torch.tensor(self.scale, dtype=x.dtype)
 
     @classmethod
     def standardized(cls, mean: Tensor, var: Tensor) -> Self:
-        """For the "exp" architecture: log scale and log variance, statistics standardised over a model's blocks.
+        """For the "exp" architecture: relative losses, log scale, log variance, statistics standardised over blocks.
 
         Args:
             mean: (n,) of the blocks of the model that the nets are made for.
@@ -64,7 +75,7 @@ class FeatureSpec:
         spread = [float(x.std()) if x.numel() > 1 else 1.0 for x in (mean, log_var)]
         mean_scale, var_scale = (x if x > 0 else 1.0 for x in spread)
         return cls(
-            transform=("identity", "identity", "log", "identity", "log"),
+            transform=("relative", "relative", "log", "identity", "log"),
             shift=(0.0, 0.0, 0.0, float(mean.mean()), float(log_var.mean())),
             scale=(1.0, 1.0, 1.0, mean_scale, var_scale),
         )

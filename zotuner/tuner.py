@@ -253,9 +253,10 @@ class Tuner:
         self,
         features: Tensor,  # (m, 5) raw: loss_plus, loss_minus, sigma_prev, mean, var
         nets: Tensor | None = None,  # (m,) from `nets_for`; None: one row a net, in order
+        loss_start: float | None = None,  # that the run began with; None: it begins now
     ) -> Tensor:  # (m,) raw sigma, float32
         """The bank's answer, before normalisation."""
-        raw: Tensor = self.bank(self.spec(features.float()), nets)
+        raw: Tensor = self.bank(self.spec(features.float(), loss_start), nets)
         return raw
 
     def sha256(self) -> str:

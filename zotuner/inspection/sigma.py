@@ -17,6 +17,7 @@ from zotuner.pertnn import FEATURES, FeatureSpec, normalize
 from zotuner.tuner import Tuner
 
 LOSSES = (0.5, 2.0, 4.0)  # what both losses of a two-point step may be: near the end, at the start, far off
+START = LOSSES[1]  # what nets that see losses relative to the first one are told that it was
 MEAN, VAR = FEATURES.index("mean"), FEATURES.index("var")
 
 Array = NDArray[np.float64]
@@ -118,14 +119,15 @@ def sigmas(tuner: Tuner, model: Any = None) -> Sigmas:
     def scaled(loss: float) -> Array:
         told = features.clone()
         told[:, :2] = loss
-        raw = tuner.scales(told, nets)
+        raw = tuner.scales(told, nets, START)
         result: Array = (normalize(raw, numels) if info.normalized else raw.double()).numpy()
         return result
 
     whose = "the model's own mean and variance of each block" if model is not None else _centred_at(tuner.spec)
     told = f"at a first step (losses 0, sigma_prev 1), told {whose}"
     at = np.stack([scaled(loss) for loss in LOSSES])
-    return Sigmas(names, scaled(0.0), at, "sigma~" if info.normalized else "sigma", told)
+    first = scaled(START if "relative" in tuner.spec.transform else 0.0)
+    return Sigmas(names, first, at, "sigma~" if info.normalized else "sigma", told)
 
 
 def _centre(spec: FeatureSpec) -> tuple[float, float]:

@@ -259,6 +259,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if found is not None and not skipped:
             group["sigma_prev"] = found[0].tolist()
             group["loss_prev"] = self._estimator.pair(losses)
+            group.setdefault("loss_start", sum(group["loss_prev"]) / 2)
         group["step"] += 1
         scales = None if found is None else found[1]
         was_clipped = not skipped and coefficients != raw

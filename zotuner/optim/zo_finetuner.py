@@ -56,12 +56,12 @@ class Learned:
         self._versions: list[int] = []  # of what is stored, then
 
     def scales(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(raw sigma, sigma~), both (n,); the step before is read from `state`."""
+        """(raw sigma, sigma~), both (n,); the step before and the first loss are read from `state`."""
         sigma_prev = state.get("sigma_prev", [1.0] * len(self._blocks))
         known = self._known if self._versions == self._now() else None
         features = features_of(self._blocks, state.get("loss_prev", (0.0, 0.0)), sigma_prev, known)
         with record_function("zotuner::pertnn"):
-            raw = self._tuner.scales(features, self._nets)
+            raw = self._tuner.scales(features, self._nets, state.get("loss_start"))
         return raw, normalize(raw, self._numels) if self._normalized else raw.double()
 
     def moved(self, moments: list[tuple[float, float]]) -> None:
