@@ -586,9 +586,11 @@ def test_another_folder_is_left_alone_and_one_comparison_writes_at_a_time(
         ("tuner", "owner/tuner", "owner/other@0123", False),
         ("k_shot", None, 16, True),
         ("k_shot", 8, 16, False),
+        ("data_dir", "there", "here", True),
+        ("eps", 1e-3, 2e-3, False),
     ],
 )
-def test_what_a_run_settles_itself_is_no_other_option(
+def test_what_a_run_settles_itself_and_where_things_lie_are_no_other_options(
     tmp_path: Path, key: str, planned: Any, began: Any, same: bool
 ) -> None:
     options = {"model": "m", "task": "copa", "method": "zo-finetuner", "tuner": "t", "out": tmp_path}

@@ -22,7 +22,7 @@ from zotuner.metrics import read_json, read_rows, write_json
 from zotuner.report import read_summary
 
 State = Literal["done", "running", "failed", "stopped", "to do"]
-NOT_COMPARED = ("out", "overwrite")  # where a run lies does not change what it is
+NOT_COMPARED = ("out", "overwrite", "data_dir")  # where a run and its data lie does not change what it is
 TAIL = 1 << 16  # bytes: more than a row of metrics takes
 
 
