@@ -61,6 +61,44 @@ def test_the_loss_is_that_of_moved_weights(model: Any, kind: str) -> None:
     assert Perturber(model, blocks).loss(lm_loss(model), draw, alphas) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("branches", [1, 2])
+@torch.no_grad()
+def test_blocks_of_scale_0_cost_no_noise_and_change_nothing(
+    model: Any, branches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = find_blocks(model)
+    alphas = [0.01 if "1" in block.name else 0.0 for block in blocks]
+    perturber = Perturber(model, blocks, branch_batch=branches)
+    points = [Perturbation(DRAW, alphas), Perturbation(DRAW, [-alpha for alpha in alphas])]
+    expected = [float(lm_loss(moved(model, DRAW, list(point.alphas)))()) for point in points]
+
+    def stacked(branches: int = 1) -> Tensor:
+        logits = model(input_ids=IDS.repeat(branches, 1)).logits[:, :-1]
+        labels = IDS.repeat(branches, 1)[:, 1:]
+        each = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        losses = each.view(branches, -1).mean(dim=1)
+        return losses[0] if branches == 1 else losses
+
+    assert perturber.losses(stacked, points) == pytest.approx(expected, rel=1e-5)
+    drawn: set[int] = set()
+    original = noise.add
+
+    def add(*args: Any, **kwargs: Any) -> Tensor:
+        drawn.add(kwargs["block"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(noise, "add", add)
+    before = bits(model)
+    assert perturber.losses(stacked, points) == pytest.approx(expected, rel=1e-5)
+    assert drawn == {number for number, alpha in enumerate(alphas) if alpha}
+    drawn.clear()
+    perturber.update(DRAW, [[alpha] for alpha in alphas])
+    assert drawn == {number for number, alpha in enumerate(alphas) if alpha}
+    moving = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moving
+    assert all("1" in name for name in moving)
+
+
 @torch.no_grad()
 def test_chunked_rows_give_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama(tie_word_embeddings=True).eval()

@@ -24,6 +24,7 @@ from zotuner.controls.measure import statistics_of
 from zotuner.controls.scales import FLOOR, Estimate, Statistics, scales_of
 from zotuner.errors import ZotunerError
 from zotuner.models import load_model, weights_sha256
+from zotuner.optim import ZOFineTuner
 from zotuner.pertnn import StaticBank
 from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner
 
@@ -200,11 +201,39 @@ def test_a_mistake_in_a_scale_by_hand_is_one_line(
     assert not (tmp_path / "t").exists()
 
 
-def test_a_tuner_without_any_scale_is_refused() -> None:
-    blocks = find_blocks(tiny_llama())
-    types = block_types([block.name for block in blocks])
-    with pytest.raises(ZotunerError, match="other than 0"):
-        of_types(blocks, dict.fromkeys(types, 0.0))
+def test_a_tuner_without_any_scale_is_refused(model_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    blocks = find_blocks(load_model(model_dir)[0])
+    types = [f"{name}=0" for name in block_types([block.name for block in blocks])]
+    words = ["tuner", "static", "--model", model_dir, "--out", tmp_path / "t"]
+    assert call(*words, "--layers", "0-1", "--by-type", *types) == 2
+    assert "other than 0 for at least one block" in assert_one_error_line(capsys.readouterr().err)
+    assert call(*words) == 2
+    assert "expected --by-type or --layers" in assert_one_error_line(capsys.readouterr().err)
+    assert not (tmp_path / "t").exists()
+
+
+def test_layers_alone_are_tuned_and_the_rest_stays_as_it_is(model_dir: Path, tmp_path: Path) -> None:
+    words = ["tuner", "static", "--model", model_dir, "--layers", "1", "--by-type", "mlp.up_proj.weight=2"]
+    assert call(*words, "--out", tmp_path / "t") == 0
+    tuner = Tuner.from_pretrained(tmp_path / "t")
+    for name, sigma in zip(tuner.block_names, tuner.scales(random(20, 5)).tolist(), strict=True):
+        assert sigma == (0.0 if "layers.1." not in name else 2.0 if "up_proj" in name else 1.0)
+    model = load_model(model_dir)[0]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(24).view(2, 12)
+    ZOFineTuner(model, tuner, lr=1e-2).step(lambda: model(input_ids=ids, labels=ids).loss)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("layers.1." in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("span", "says"),
+    [("0-9", "--layers 0-9: expected two of the layers 0 to 1"), ("1-0", "the lower one first"), ("a", "FIRST-LAST")],
+)
+def test_a_wrong_span_of_layers_is_one_line(model_dir: Path, tmp_path: Path, capsys: Any, span: str, says: str) -> None:
+    assert call("tuner", "static", "--model", model_dir, "--out", tmp_path / "t", "--layers", span) == 2
+    assert says in assert_one_error_line(capsys.readouterr().err)
 
 
 # From statistics to scales

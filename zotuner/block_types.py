@@ -1,6 +1,17 @@
 """The types that blocks are of, by their names."""
 
+import re
 from collections.abc import Sequence
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a block lies in; None where it lies in none.
+
+    >>> layer_of("model.layers.7.mlp.up_proj.weight"), layer_of("model.norm.weight")
+    (7, None)
+    """
+    found = re.search(r"(?<=\.)\d+(?=\.|$)", name)
+    return None if found is None else int(found[0])
 
 
 def block_types(names: Sequence[str]) -> dict[str, list[int]]:

@@ -1,6 +1,6 @@
 """The commands that make a control: load, make, write."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,14 @@ def init(model: str, out: Path, architecture: Literal["abs", "exp"], seed: int, 
     return _write(untrained(model, architecture, seed), out)[1]
 
 
-def static(model: str, out: Path, by_type: Mapping[str, float], overwrite: bool) -> tuple[Tuner, str]:
+def static(
+    model: str, out: Path, by_type: Mapping[str, float], layers: Sequence[tuple[int, int]], overwrite: bool
+) -> tuple[Tuner, str]:
     """Writes a tuner of scales by hand, and returns it with a line that says so."""
+    if not by_type and not layers:
+        raise ZotunerError("expected --by-type or --layers; without either all scales would be 1, which is MeZO")
     check_tuner_out(out, overwrite)
-    return _write(by_hand(model, by_type), out)
+    return _write(by_hand(model, by_type, layers), out)
 
 
 def measured(

@@ -1,6 +1,5 @@
 """A tuner's scales at features that one chooses: those of a first step, and the same at other losses."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zotuner.block_types import block_types
+from zotuner.block_types import block_types, layer_of
 from zotuner.blocks import find_blocks
 from zotuner.errors import ZotunerError
 from zotuner.optim.zo_finetuner import features_of
@@ -49,7 +48,8 @@ class Sigmas:
     def by_layer(self) -> dict[str, Array]:
         """From a type of block to (layers,) geometric means at the first step; NaN in a layer without; types without
         layers have (1,)."""
-        layers = [int(found[0]) if (found := re.search(r"(?<=\.)\d+(?=\.|$)", name)) else -1 for name in self.blocks]
+        found = [layer_of(name) for name in self.blocks]
+        layers = [-1 if layer is None else layer for layer in found]
         depth = max(layers) + 1
         rows = {}
         for label, members in block_types(self.blocks).items():

@@ -36,6 +36,15 @@ class Evaluation:
     half: bool = False
     rows: int | None = None
 
+    def leaves(self, blocks: Sequence[int]) -> bool:
+        """Whether these blocks are at theta in every branch, so that their module may run as it is.
+
+        Not while a first loss is watched, and not in bfloat16, which products of their own would be slower than.
+        """
+        if self.watch is not None or self.half:
+            return False
+        return not any(point is not None and any(point.alphas[number] for number in blocks) for point in self.points)
+
     def own(self) -> AbstractContextManager[None]:
         """Around our own reading of the weights."""
         return nullcontext() if self.watch is None else self.watch.closed()

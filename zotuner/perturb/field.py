@@ -205,7 +205,8 @@ def _sweep(
 
     def move(numbered: tuple[int, Piece]) -> T:
         number, piece = numbered
-        piece.move(along, alphas[number], number, rounding)
+        if any(alphas[number]):
+            piece.move(along, alphas[number], number, rounding)
         return then(piece)
 
     pieces = list(pieces_of(blocks))

@@ -35,10 +35,11 @@ def forward_of(module: nn.Module, slots: Sequence[Slot], current: Current) -> Ca
     table = weight if type(module) is nn.Embedding and module.max_norm is None else None
     linear = weight if weight is not None and weight.linear else None
     twinned = not has_own_forward(module)
+    numbers = [number for slot in slots for number, _ in slot.pieces]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         evaluation = current.evaluation
-        if evaluation is None:
+        if evaluation is None or evaluation.leaves(numbers):
             return original(*args, **kwargs)
         if table is not None or (linear is not None and _by_rows(evaluation, args, kwargs)):
             with evaluation.own():
