@@ -23,6 +23,7 @@ from tiny import (
     tiny_roberta,
 )
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from zotuner.blocks import find_blocks
 from zotuner.optim import FZOO, LOZO, HiZOO, MeZO, ZOFineTuner, ZOOptimizer, ZOSGDMomentum
@@ -142,6 +143,47 @@ def test_stacked_losses_are_the_single_ones(name: str, size: int) -> None:
         else:
             assert max(asked) == {(2, 4): 2, (3, 4): 2, (4, 4): 4}.get((size, len(points)), 2)  # 4 by 3s are 2 and 2
             assert not said
+
+
+PARTS: dict[str, Callable[[str], bool]] = {
+    "last layer": lambda block: ".1." in block,
+    "first layer": lambda block: ".0." in block,
+    "norms": lambda block: "norm" in block.lower() or "ln_" in block,
+    "embedding": lambda block: "embed" in block or "wte" in block,
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("part", PARTS)
+@torch.no_grad()
+def test_a_part_of_the_blocks_alone_is_perturbed_right(name: str, part: str, size: int) -> None:
+    model = lively(name)
+    blocks, draw = find_blocks(model), Draw("rademacher", seed=3, step=7)
+    alphas = [0.1 if PARTS[part](block.name) else 0.0 for block in blocks]
+    assert 0 < sum(map(bool, alphas)) < len(alphas)
+    points: list[Point] = [None, *(Perturbation(draw.branched(i), alphas) for i in (1, 2, 3))]
+    expected, before = expected_of(model, points), bits(model)
+    perturber = Perturber(model, blocks, branch_batch=size)
+    for _ in range(2):  # the first also finds out about the model
+        losses, _ = losses_of(perturber, closure_of(model), points)
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert unchanged(model, before)
+
+
+@torch.no_grad()
+def test_layers_before_the_first_perturbed_one_run_once_for_all_branches() -> None:
+    model, rows = tiny_llama(use_cache=False), dict[str, list[int]]()
+    blocks = find_blocks(model)
+    alphas = [0.02 if ".1." in block.name else 0.0 for block in blocks]
+    points = [Perturbation(Draw("rademacher", seed=3, step=7), [sign * a for a in alphas]) for sign in (1, -1)]
+    perturber = Perturber(model, blocks, branch_batch=2)
+    perturber.losses(closure_of(model), points)
+    for layer, place in itertools.product((0, 1), ("self_attn", "mlp.down_proj")):
+        seen = rows.setdefault(f"{layer} {place}", [])
+        module = model.get_submodule(f"model.layers.{layer}.{place}")
+        module.register_forward_hook(lambda _, __, out, seen=seen: seen.append(len(tree_leaves(out)[0])))
+    perturber.losses(closure_of(model), points)
+    assert rows == {"0 self_attn": [3], "0 mlp.down_proj": [3], "1 self_attn": [6], "1 mlp.down_proj": [6]}
 
 
 @torch.no_grad()

@@ -31,9 +31,9 @@ from zotuner.errors import unknown
 from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
 from zotuner.perturb.field import Direction, Move, shift, shift_and_measure
 from zotuner.perturb.lanes import arrange, can_run_side_by_side, side_by_side
-from zotuner.perturb.slot import Perturbation, Scratch, Slot, build, marked
+from zotuner.perturb.slot import CONTAINERS, Perturbation, Scratch, Slot, build, marked
 from zotuner.perturb.stored import slots_of
-from zotuner.perturb.streamed import forward_of, has_own_forward, replaced_forwards
+from zotuner.perturb.streamed import forward_of, forward_once, has_own_forward, replaced_forwards
 from zotuner.perturb.watch import Watch
 
 ENGINES = ("streamed", "in-place")
@@ -126,7 +126,7 @@ class Perturber:
             return [self._walker.loss(closure, point) for point in points]
         last = self.learn_model(closure, points)
         plan = self._plan(closure, len(points))
-        with self._replaced():
+        with self._replaced(points):
             if all(group == [1] for group in plan):
                 first = points if last is None else points[:-1]
                 return [self._forward(closure, [point])[0] for point in first] + ([] if last is None else [last])
@@ -278,13 +278,15 @@ class Perturber:
             yield
 
     @contextmanager
-    def _replaced(self) -> Iterator[None]:
-        """Lets every module's forward run where the calling thread's evaluation is."""
+    def _replaced(self, points: Sequence[Perturbation | None] = ()) -> Iterator[None]:
+        """Lets every module's forward run where the calling thread's evaluation is, at one of these points."""
         by_module: dict[nn.Module, list[Slot]] = {}
         for slot in self._slots:
             if slot.param not in self._copied:
                 by_module.setdefault(slot.module, []).append(slot)
         forwards = [(module, forward_of(module, slots, self._current)) for module, slots in by_module.items()]
+        still = [module for module in self._still(points) if module not in by_module]
+        forwards += [(module, forward_once(module, self._current)) for module in still]
         # a peft wrapper generates by its base model's forward, not by its own
         entries = {self._model, getattr(self._model, "get_base_model", lambda: self._model)()}
         begins = [entry.register_forward_pre_hook(self._begin) for entry in entries]
@@ -294,6 +296,23 @@ class Perturber:
         finally:
             for begin in begins:
                 begin.remove()
+
+    def _still(self, points: Sequence[Perturbation | None]) -> list[nn.Module]:
+        """The largest modules in which nothing is perturbed at any point: whole layers, if their scales are 0."""
+        alphas = [point.alphas for point in points if point is not None]
+        zero = [not any(column) for column in zip(*alphas, strict=True)]
+        if not any(zero):
+            return []
+        moving = {slot.module for slot in self._slots if not all(zero[number] for number, _ in slot.pieces)}
+
+        def largest(module: nn.Module) -> Iterator[nn.Module]:
+            if not moving.isdisjoint(module.modules()):
+                for child in module.children():
+                    yield from largest(child)
+            elif not has_own_forward(module) and not isinstance(module, (*CONTAINERS, nn.ModuleList, nn.ModuleDict)):
+                yield module
+
+        return list(dict.fromkeys(largest(self._model)))
 
     def _begin(self, *_: object) -> None:
         """The model starts on a batch; a closure may run it on several, which differ in size."""

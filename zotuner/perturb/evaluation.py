@@ -1,7 +1,7 @@
 """One forward of the model at k points: which rows of a module's input belong to which."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotuner.perturb.slot import Perturbation, Scratch
 from zotuner.perturb.watch import Watch
+
+PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device)  # arguments that keep nothing of a call
 
 
 class CannotStackError(Exception):
@@ -44,6 +46,24 @@ class Evaluation:
         if self.watch is not None or self.half:
             return False
         return not any(point is not None and any(point.alphas[number] for number in blocks) for point in self.points)
+
+    def once(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a module at theta puts out: where all branches bring it the same, it runs on one's and serves all.
+
+        So what lies before the first block that is perturbed costs a step one forward in place of k.
+        """
+        k = len(self.points)
+        leaves, spec = tree_flatten((args, kwargs))
+        if k == 1 or not all(leaf is None or isinstance(leaf, PLAIN) for leaf in leaves):  # a cache keeps what it sees
+            return run(*args, **kwargs)
+        parts = [self._parts(leaf, k) for leaf in leaves]
+        cut = [own for leaf, own in zip(leaves, parts, strict=True) if own[0] is not leaf]
+        if not cut or not all(torch.equal(own[0], other) for own in cut for other in own[1:]):
+            return run(*args, **kwargs)
+        some, named = tree_unflatten([own[0] for own in parts], spec)
+        with self.alone(0):
+            out = run(*some, **named)
+        return self.join([out] * k, cut=True)
 
     def own(self) -> AbstractContextManager[None]:
         """Around our own reading of the weights."""

@@ -39,8 +39,10 @@ def forward_of(module: nn.Module, slots: Sequence[Slot], current: Current) -> Ca
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         evaluation = current.evaluation
-        if evaluation is None or evaluation.leaves(numbers):
+        if evaluation is None:
             return original(*args, **kwargs)
+        if evaluation.leaves(numbers):
+            return evaluation.once(original, args, kwargs)
         if table is not None or (linear is not None and _by_rows(evaluation, args, kwargs)):
             with evaluation.own():
                 if linear is not None:
@@ -50,6 +52,17 @@ def forward_of(module: nn.Module, slots: Sequence[Slot], current: Current) -> Ca
             return _each(slots, evaluation, module, original, args, kwargs)
         with _twin(module) as twin:
             return _each(slots, evaluation, twin, partial(type(module).forward, twin), args, kwargs)
+
+    return forward
+
+
+def forward_once(module: nn.Module, current: Current) -> Callable[..., Any]:
+    """The forward of a module all of whose parameters, and those of its children, stay at theta in all branches."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        evaluation = current.evaluation
+        return original(*args, **kwargs) if evaluation is None else evaluation.once(original, args, kwargs)
 
     return forward
 
