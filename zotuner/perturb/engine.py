@@ -26,7 +26,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from zotuner.blocks import Block, Piece, Weight, named_weights, pieces_of
+from zotuner.blocks import Block, Piece, Weight, named_weights, pieces_of, weights_of
 from zotuner.errors import unknown
 from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
 from zotuner.perturb.field import Direction, Move, shift, shift_and_measure
@@ -38,7 +38,11 @@ from zotuner.perturb.watch import Watch
 
 ENGINES = ("streamed", "in-place")
 TOGETHER_SHARE = 1 / 4  # of the weights' bytes: what "auto" lets the activations of further points take
+SIDE_BY_SIDE = (
+    0.15  # of a step's time, at most, that forwards side by side win over forwards that share what is the same
+)
 LIVE = 2  # outputs as wide as the widest that a branch is taken to hold at once
+NO_FORWARD = (*CONTAINERS, nn.ModuleList, nn.ModuleDict)
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}  # between stacked and single losses; others: 5e-2
 
 Closure = Callable[..., Tensor | float]
@@ -125,8 +129,9 @@ class Perturber:
         if self._walker is not None:
             return [self._walker.loss(closure, point) for point in points]
         last = self.learn_model(closure, points)
-        plan = self._plan(closure, len(points))
-        with self._replaced(points):
+        still = self._still(points)
+        plan = self._plan(closure, len(points), self._share_before(still))
+        with self._replaced(still):
             if all(group == [1] for group in plan):
                 first = points if last is None else points[:-1]
                 return [self._forward(closure, [point])[0] for point in first] + ([] if last is None else [last])
@@ -222,8 +227,14 @@ class Perturber:
         within = 5e-2 if self._half else AGREEMENT.get(smallest, 5e-2)
         return abs(stacked - single) <= within * (1 + abs(single))
 
-    def _plan(self, closure: Closure, count: int) -> list[list[int]]:
-        """How many of `count` points each forward takes, and which forwards run side by side; see `lanes.arrange`."""
+    def _plan(self, closure: Closure, count: int, same: float) -> list[list[int]]:
+        """How many of `count` points each forward takes, and which forwards run side by side; see `lanes.arrange`.
+
+        Args:
+            closure: Whose losses are wanted.
+            count: Of points.
+            same: The share of a forward that is the same for all of them, and so is run once where they share one.
+        """
         if count == 1 or not _takes_branches(closure):
             return arrange(count, 1, 1)
         if self._half:
@@ -233,6 +244,8 @@ class Perturber:
         size = self._branch_batch if isinstance(self._branch_batch, int) else fit
         lanes = self._branch_threads if isinstance(self._branch_threads, int) else fit
         lanes = min(lanes, torch.get_num_threads()) if self._can_share_cores() else 1
+        if self._branch_threads == "auto" and fit >= count and same * (count - 1) / count > SIDE_BY_SIDE:
+            lanes = 1
         if self._branch_batch == "auto":
             size = max(1, fit // lanes)
         return arrange(count, lanes, size)
@@ -278,15 +291,14 @@ class Perturber:
             yield
 
     @contextmanager
-    def _replaced(self, points: Sequence[Perturbation | None] = ()) -> Iterator[None]:
-        """Lets every module's forward run where the calling thread's evaluation is, at one of these points."""
+    def _replaced(self, still: Sequence[nn.Module] = ()) -> Iterator[None]:
+        """Lets every module's forward run where the calling thread's evaluation is; in `still` nothing is perturbed."""
         by_module: dict[nn.Module, list[Slot]] = {}
         for slot in self._slots:
             if slot.param not in self._copied:
                 by_module.setdefault(slot.module, []).append(slot)
         forwards = [(module, forward_of(module, slots, self._current)) for module, slots in by_module.items()]
-        still = [module for module in self._still(points) if module not in by_module]
-        forwards += [(module, forward_once(module, self._current)) for module in still]
+        forwards += [(module, forward_once(module, self._current)) for module in still if module not in by_module]
         # a peft wrapper generates by its base model's forward, not by its own
         entries = {self._model, getattr(self._model, "get_base_model", lambda: self._model)()}
         begins = [entry.register_forward_pre_hook(self._begin) for entry in entries]
@@ -298,21 +310,39 @@ class Perturber:
                 begin.remove()
 
     def _still(self, points: Sequence[Perturbation | None]) -> list[nn.Module]:
-        """The largest modules in which nothing is perturbed at any point: whole layers, if their scales are 0."""
+        """The largest modules in which nothing is perturbed at any point: whole layers, frozen or of scale 0."""
         alphas = [point.alphas for point in points if point is not None]
-        zero = [not any(column) for column in zip(*alphas, strict=True)]
-        if not any(zero):
+        if not alphas:
             return []
-        moving = {slot.module for slot in self._slots if not all(zero[number] for number, _ in slot.pieces)}
+        moves = [any(column) for column in zip(*alphas, strict=True)]
+        moving = {slot.module for slot in self._slots if any(moves[number] for number, _ in slot.pieces)}
 
         def largest(module: nn.Module) -> Iterator[nn.Module]:
             if not moving.isdisjoint(module.modules()):
                 for child in module.children():
                     yield from largest(child)
-            elif not has_own_forward(module) and not isinstance(module, (*CONTAINERS, nn.ModuleList, nn.ModuleDict)):
+            elif (
+                not isinstance(module, NO_FORWARD)
+                and not has_own_forward(module)
+                and next(module.parameters(), None) is not None
+            ):
                 yield module
 
         return list(dict.fromkeys(largest(self._model)))
+
+    def _share_before(self, still: Sequence[nn.Module]) -> float:
+        """What weights lie in these modules before any other that has some, as a share of all.
+
+        Embedding tables, which are looked up, do not count. Modules are taken to run in the order in which they were
+        registered.
+        """
+        inside = {child for module in still for child in module.modules()}
+        before = total = 0
+        for module in self._model.modules() if still else ():
+            own = 0 if isinstance(module, nn.Embedding) else sum(w.numel() for w in weights_of(module).values())
+            before += own if before == total and module in inside else 0
+            total += own
+        return before / max(1, total)
 
     def _begin(self, *_: object) -> None:
         """The model starts on a batch; a closure may run it on several, which differ in size."""
