@@ -170,9 +170,12 @@ def test_a_part_of_the_blocks_alone_is_perturbed_right(name: str, part: str, siz
         assert unchanged(model, before)
 
 
+@pytest.mark.parametrize("how", ["scale 0", "frozen"])
 @torch.no_grad()
-def test_layers_before_the_first_perturbed_one_run_once_for_all_branches() -> None:
+def test_layers_before_the_first_perturbed_one_run_once_for_all_branches(how: str) -> None:
     model, rows = tiny_llama(use_cache=False), dict[str, list[int]]()
+    if how == "frozen":
+        model.requires_grad_(False).model.layers[1].requires_grad_(True)
     blocks = find_blocks(model)
     alphas = [0.02 if ".1." in block.name else 0.0 for block in blocks]
     points = [Perturbation(Draw("rademacher", seed=3, step=7), [sign * a for a in alphas]) for sign in (1, -1)]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_engines import MODELS, READ_OUTSIDE, closure_of, expected_of, lively, losses_of, points_of
 from test_perturb import bits, unchanged
-from tiny import seeded
+from tiny import seeded, tiny_llama
 from torch import Tensor, nn
 
 from zotuner.blocks import find_blocks
 from zotuner.optim import FZOO, MeZO
-from zotuner.perturb import Perturber
+from zotuner.perturb import Draw, Perturbation, Perturber, engine
 from zotuner.perturb.lanes import arrange, deal, side_by_side, spread
 
 
@@ -50,6 +50,25 @@ def test_losses_side_by_side_are_the_single_ones(name: str, size: Any, lanes: An
         assert unchanged(model, before)
         assert (len(met) == 1) == (name in READ_OUTSIDE or size == lanes == "auto")  # too small to spare any memory
         assert len(said) == (name in READ_OUTSIDE)
+
+
+@pytest.mark.parametrize(
+    ("moves", "threads"), [("", 2), (".1.", 2), (".3.", 1)], ids=["all", "from the second of four layers", "the last"]
+)
+@torch.no_grad()
+def test_points_that_have_much_in_common_share_a_forward(
+    moves: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "TOGETHER_SHARE", 100.0)  # tiny weights leave no room for activations otherwise
+    model = tiny_llama(num_hidden_layers=4, use_cache=False)
+    blocks = find_blocks(model)
+    alphas = [0.02 if moves in block.name else 0.0 for block in blocks]
+    points = [Perturbation(Draw("rademacher", 3, 7), [sign * a for a in alphas]) for sign in (1, -1)]
+    perturber, asked = Perturber(model, blocks), list[int]()
+    perturber.losses(closure_of(model), points)
+    perturber.losses(in_threads(closure_of(model, asked=asked), met := set()), points)
+    assert len(met) == threads
+    assert asked == ([1, 1] if threads == 2 else [2])
 
 
 @pytest.mark.parametrize("method", [MeZO, FZOO])
