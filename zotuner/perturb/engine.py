@@ -38,9 +38,7 @@ from zotuner.perturb.watch import Watch
 
 ENGINES = ("streamed", "in-place")
 TOGETHER_SHARE = 1 / 4  # of the weights' bytes: what "auto" lets the activations of further points take
-SIDE_BY_SIDE = (
-    0.15  # of a step's time, at most, that forwards side by side win over forwards that share what is the same
-)
+SIDE_BY_SIDE = 0.2  # share of a step that must be the same for all points before they rather share a forward
 LIVE = 2  # outputs as wide as the widest that a branch is taken to hold at once
 NO_FORWARD = (*CONTAINERS, nn.ModuleList, nn.ModuleDict)
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}  # between stacked and single losses; others: 5e-2
@@ -59,7 +57,8 @@ class Perturber:
         branch_batch: How many points share one forward, if the closure has a parameter `branches`: a number, or
             "auto": as many as keep the activations small beside the weights.
         branch_threads: How many such forwards run at the same time, on the CPU, each in a thread of its own: a number,
-            or "auto": as many as there are cores, and as keep the activations small beside the weights.
+            or "auto": as many as there are cores, and as keep the activations small beside the weights; one where
+            much of a forward is the same for all points, which then share it.
         compute_dtype: torch.bfloat16 multiplies float32 matrices in bfloat16 (`zotuner.perturb.half`), which takes all
             points of a step in one forward (unless `branch_batch` is 1), and so a closure with `branches`;
             None: as the weights are.
