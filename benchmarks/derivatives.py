@@ -1,4 +1,4 @@
-"""Derivative checkpoints of the packaged model, on which a tuner is to serve unchanged: docs/results.md, "Transfer".
+"""Derivative checkpoints of the packaged model, on which a tuner is to serve unchanged.
 
     python benchmarks/derivatives.py DATA_DIR OUT [--task boolq] [--steps 60]
 

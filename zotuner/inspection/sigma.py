@@ -116,18 +116,17 @@ def sigmas(tuner: Tuner, model: Any = None) -> Sigmas:
         nets, numels = tuner.nets_for(blocks), tuner.numels_for(model, blocks)
         names, features = tuple(b.name for b in blocks), features_of(blocks, (0.0, 0.0), [1.0] * len(blocks))
 
-    def scaled(loss: float) -> Array:
+    def scaled(loss: float, start: float | None) -> Array:
         told = features.clone()
         told[:, :2] = loss
-        raw = tuner.scales(told, nets, START)
+        raw = tuner.scales(told, nets, start)
         result: Array = (normalize(raw, numels) if info.normalized else raw.double()).numpy()
         return result
 
     whose = "the model's own mean and variance of each block" if model is not None else _centred_at(tuner.spec)
     told = f"at a first step (losses 0, sigma_prev 1), told {whose}"
-    at = np.stack([scaled(loss) for loss in LOSSES])
-    first = scaled(START if "relative" in tuner.spec.transform else 0.0)
-    return Sigmas(names, first, at, "sigma~" if info.normalized else "sigma", told)
+    at = np.stack([scaled(loss, START) for loss in LOSSES])
+    return Sigmas(names, scaled(0.0, None), at, "sigma~" if info.normalized else "sigma", told)
 
 
 def _centre(spec: FeatureSpec) -> tuple[float, float]:

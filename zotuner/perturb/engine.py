@@ -129,7 +129,7 @@ class Perturber:
             return [self._walker.loss(closure, point) for point in points]
         last = self.learn_model(closure, points)
         still = self._still(points)
-        plan = self._plan(closure, len(points), self._share_before(still))
+        plan = self._plan(closure, len(points), still)
         with self._replaced(still):
             if all(group == [1] for group in plan):
                 first = points if last is None else points[:-1]
@@ -226,13 +226,13 @@ class Perturber:
         within = 5e-2 if self._half else AGREEMENT.get(smallest, 5e-2)
         return abs(stacked - single) <= within * (1 + abs(single))
 
-    def _plan(self, closure: Closure, count: int, same: float) -> list[list[int]]:
+    def _plan(self, closure: Closure, count: int, still: Sequence[nn.Module]) -> list[list[int]]:
         """How many of `count` points each forward takes, and which forwards run side by side; see `lanes.arrange`.
 
         Args:
             closure: Whose losses are wanted.
             count: Of points.
-            same: The share of a forward that is the same for all of them, and so is run once where they share one.
+            still: Modules in which nothing is perturbed; those before all others run once where points share a forward.
         """
         if count == 1 or not _takes_branches(closure):
             return arrange(count, 1, 1)
@@ -243,8 +243,9 @@ class Perturber:
         size = self._branch_batch if isinstance(self._branch_batch, int) else fit
         lanes = self._branch_threads if isinstance(self._branch_threads, int) else fit
         lanes = min(lanes, torch.get_num_threads()) if self._can_share_cores() else 1
-        if self._branch_threads == "auto" and fit >= count and same * (count - 1) / count > SIDE_BY_SIDE:
-            lanes = 1
+        if lanes > 1 and self._branch_threads == "auto" and fit >= count:
+            spared = self._share_before(still) * (count - 1) / count
+            lanes = 1 if spared > SIDE_BY_SIDE else lanes
         if self._branch_batch == "auto":
             size = max(1, fit // lanes)
         return arrange(count, lanes, size)
@@ -296,8 +297,12 @@ class Perturber:
         for slot in self._slots:
             if slot.param not in self._copied:
                 by_module.setdefault(slot.module, []).append(slot)
-        forwards = [(module, forward_of(module, slots, self._current)) for module, slots in by_module.items()]
-        forwards += [(module, forward_once(module, self._current)) for module in still if module not in by_module]
+        once = {module for module in still if module not in by_module}
+        if not self._half:  # products in bfloat16 are our own
+            once |= by_module.keys() & {child for module in still for child in module.modules()}
+        moving = [(module, slots) for module, slots in by_module.items() if module not in once]
+        forwards = [(module, forward_of(module, slots, self._current)) for module, slots in moving]
+        forwards += [(module, forward_once(module, self._current)) for module in once]
         # a peft wrapper generates by its base model's forward, not by its own
         entries = {self._model, getattr(self._model, "get_base_model", lambda: self._model)()}
         begins = [entry.register_forward_pre_hook(self._begin) for entry in entries]

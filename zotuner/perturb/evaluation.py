@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from zotuner.perturb.slot import Perturbation, Scratch
 from zotuner.perturb.watch import Watch
@@ -38,32 +38,22 @@ class Evaluation:
     half: bool = False
     rows: int | None = None
 
-    def leaves(self, blocks: Sequence[int]) -> bool:
-        """Whether these blocks are at theta in every branch, so that their module may run as it is.
-
-        Not while a first loss is watched, and not in bfloat16, which products of their own would be slower than.
-        """
-        if self.watch is not None or self.half:
-            return False
-        return not any(point is not None and any(point.alphas[number] for number in blocks) for point in self.points)
-
     def once(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a module at theta puts out: where all branches bring it the same, it runs on one's and serves all.
 
         So what lies before the first block that is perturbed costs a step one forward in place of k.
         """
-        k = len(self.points)
-        leaves, spec = tree_flatten((args, kwargs))
-        if k == 1 or not all(leaf is None or isinstance(leaf, PLAIN) for leaf in leaves):  # a cache keeps what it sees
+        if len(self.points) == 1 or not all(x is None or isinstance(x, PLAIN) for x in tree_leaves((args, kwargs))):
+            return run(*args, **kwargs)  # a cache, say, keeps what it sees
+        parts = self.split((args, kwargs))
+        first, *others = map(tree_leaves, parts)
+        alike = all(a is b or torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+        if not alike or not was_cut((args, kwargs), parts):
             return run(*args, **kwargs)
-        parts = [self._parts(leaf, k) for leaf in leaves]
-        cut = [own for leaf, own in zip(leaves, parts, strict=True) if own[0] is not leaf]
-        if not cut or not all(torch.equal(own[0], other) for own in cut for other in own[1:]):
-            return run(*args, **kwargs)
-        some, named = tree_unflatten([own[0] for own in parts], spec)
+        some, named = parts[0]
         with self.alone(0):
             out = run(*some, **named)
-        return self.join([out] * k, cut=True)
+        return self.join([out] * len(parts), cut=True)
 
     def own(self) -> AbstractContextManager[None]:
         """Around our own reading of the weights."""
@@ -123,6 +113,11 @@ class Evaluation:
         if not fits:
             raise CannotStackError(f"an output of shape {tuple(first.shape)} for a batch of {batch}")
         return torch.cat([part.expand(batch, *part.shape[1:]) if len(part) == 1 else part for part in parts])
+
+
+def was_cut(args: Any, parts: Sequence[Any]) -> bool:
+    """Whether `Evaluation.split` found the stacked batch in arguments that it made these parts of."""
+    return any(part is not leaf for part, leaf in zip(tree_leaves(parts[0]), tree_leaves(args), strict=True))
 
 
 class Current(threading.local):

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from zotuner.perturb import half
 from zotuner.perturb.draw import Draw
-from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
+from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation, was_cut
 from zotuner.perturb.slot import CONTAINERS, Perturbation, Scratch, Slot, build, marked
 
 ABSENT = object()
@@ -35,14 +35,11 @@ def forward_of(module: nn.Module, slots: Sequence[Slot], current: Current) -> Ca
     table = weight if type(module) is nn.Embedding and module.max_norm is None else None
     linear = weight if weight is not None and weight.linear else None
     twinned = not has_own_forward(module)
-    numbers = [number for slot in slots for number, _ in slot.pieces]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         evaluation = current.evaluation
         if evaluation is None:
             return original(*args, **kwargs)
-        if evaluation.leaves(numbers):
-            return evaluation.once(original, args, kwargs)
         if table is not None or (linear is not None and _by_rows(evaluation, args, kwargs)):
             with evaluation.own():
                 if linear is not None:
@@ -128,7 +125,7 @@ def _each(
 ) -> Any:
     """A module's own forward, a branch at a time, while its holder has perturbed parameters."""
     outputs, parts = [], evaluation.split((args, kwargs))
-    cut = any(part is not leaf for part, leaf in zip(tree_leaves(parts[0]), tree_leaves((args, kwargs)), strict=True))
+    cut = was_cut((args, kwargs), parts)
     for j, (some, named) in enumerate(parts):
         with evaluation.alone(j) as point, _held(slots, holder, point, evaluation) as taken:
             outputs.append(tree_map(lambda out, taken=taken: _own(out, taken), own(*some, **named)))
