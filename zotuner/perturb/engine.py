@@ -305,13 +305,14 @@ class Perturber:
         forwards += [(module, forward_once(module, self._current)) for module in once]
         # a peft wrapper generates by its base model's forward, not by its own
         entries = {self._model, getattr(self._model, "get_base_model", lambda: self._model)()}
-        begins = [entry.register_forward_pre_hook(self._begin) for entry in entries]
+        hooks = [entry.register_forward_pre_hook(self._next_batch) for entry in entries]
+        hooks += [entry.register_forward_hook(self._next_batch) for entry in entries]
         try:
             with replaced_forwards(forwards):
                 yield
         finally:
-            for begin in begins:
-                begin.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _still(self, points: Sequence[Perturbation | None]) -> list[nn.Module]:
         """The largest modules in which nothing is perturbed at any point: whole layers, frozen or of scale 0."""
@@ -348,8 +349,8 @@ class Perturber:
             total += own
         return before / max(1, total)
 
-    def _begin(self, *_: object) -> None:
-        """The model starts on a batch; a closure may run it on several, which differ in size."""
+    def _next_batch(self, *_: object) -> None:
+        """Around a forward of the model; a closure may run it on several batches, which differ in size."""
         if self._current.evaluation is not None:
             self._current.evaluation.rows = None
 

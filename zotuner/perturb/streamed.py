@@ -9,7 +9,7 @@ written to the modules, so that threads may run the model at several points at o
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def forward_of(module: nn.Module, slots: Sequence[Slot], current: Current) -> Ca
     linear = weight if weight is not None and weight.linear else None
     twinned = not has_own_forward(module)
 
+    @wraps(original)  # generate reads the arguments' names
     def forward(*args: Any, **kwargs: Any) -> Any:
         evaluation = current.evaluation
         if evaluation is None:
@@ -57,6 +58,7 @@ def forward_once(module: nn.Module, current: Current) -> Callable[..., Any]:
     """The forward of a module all of whose parameters, and those of its children, stay at theta in all branches."""
     original = module.forward
 
+    @wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         evaluation = current.evaluation
         return original(*args, **kwargs) if evaluation is None else evaluation.once(original, args, kwargs)
