@@ -135,7 +135,7 @@ class MetaTrainer:
         self._perturber = Perturber(model, self.blocks)
         self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
         self._told: dict[str, _Told] = {}  # of each task
-        self._profiles = Profiles()
+        self._profiles: dict[str, Profiles] = {}  # of each task
         self._types = block_types([block.name for block in self.blocks])
 
     def update(self, closure: Loss, other: Loss, *, number: int, position: int, task: str) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class MetaTrainer:
         draws = [Draw(self._config.noise, self._config.seed, number, k) for k in range(self._config.draws)]
         judge = other if self._config.second_batch else None
         found = (self._expected if self._config.meta_loss == "expected" else self._sampled)(
-            closure, judge, draws, scales.detach()
+            closure, judge, draws, scales.detach(), task
         )
         if found.gradient is not None:
             self._outer.zero_grad()
@@ -169,7 +169,7 @@ class MetaTrainer:
             self._told[task] = _Told(found.losses, raw.detach(), start)
         return found.row | self._spread(scales.detach())
 
-    def _sampled(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> _Found:
+    def _sampled(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor, task: str) -> _Found:
         """The loss after a virtual step, averaged over draws."""
         lr = self._inner_lr(draws[0].step)
         steps = [
@@ -188,14 +188,15 @@ class MetaTrainer:
         losses = (_mean([step.losses[0] for step in usable]), _mean([step.losses[1] for step in usable]))
         return _Found(row, torch.stack([step.gradient for step in usable]).mean(dim=0), losses)
 
-    def _expected(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> _Found:
+    def _expected(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor, task: str) -> _Found:
         """The loss after a step at its best lr, averaged over noise; the losses told are that of the point."""
         point = profile(self.blocks, closure, judge, draws, eps=self._config.eps)
         row: dict[str, Any] = {"loss": point.loss, "meta_loss": math.nan, "coefficients": [], "skipped": len(draws)}
         if not point.finite:
             return _Found(row, None, None)
-        gradient = self._profiles.add(point).gradient(point, scales)
-        gain, isotropic = self._profiles.gain(scales), self._profiles.gain(torch.ones_like(scales))
+        profiles = self._profiles.setdefault(task, Profiles()).add(point)
+        gradient = profiles.gradient(point, scales)
+        gain, isotropic = profiles.gain(scales), profiles.gain(torch.ones_like(scales))
         row["meta_loss"] = point.loss - gain * float(point.energy.sum())
         return _Found(row | {"gain": gain / isotropic, "skipped": 0}, gradient, (point.loss, point.loss))
 
@@ -220,10 +221,9 @@ class MetaTrainer:
         nets = {f"nets.{name}": tensor for name, tensor in self.nets().items()}
         told = {f"told.{task}": told.sigma for task, told in self._told.items()}
         tensors = {**nets, **optimizer_tensors(self._outer, "outer."), **told}
-        if self._profiles.means is not None:
-            tensors["profiles"] = self._profiles.means
+        tensors |= {f"profiles.{task}": p.means for task, p in self._profiles.items() if p.means is not None}
         losses = {task: [*told.losses, told.start] for task, told in self._told.items()}
-        numbers = {"told": losses, "profiles": self._profiles.weight}
+        numbers = {"told": losses, "profiles": {task: p.weight for task, p in self._profiles.items()}}
         return tensors, {"outer": optimizer_groups(self._outer), **numbers}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -234,7 +234,8 @@ class MetaTrainer:
         self._told = {
             task: _Told((plus, minus), sigmas[task], start) for task, (plus, minus, start) in state["told"].items()
         }
-        self._profiles = Profiles(tensors.get("profiles"), state["profiles"])
+        means = under("profiles.", tensors)
+        self._profiles = {task: Profiles(means[task], weight) for task, weight in state["profiles"].items()}
 
     def nets(self) -> dict[str, Tensor]:
         """A copy of the nets as they are."""

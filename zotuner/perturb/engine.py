@@ -14,36 +14,35 @@ docs/performance.md). Half-precision weights would drift by much more (12 % of a
 they are restored from copies.
 """
 
-import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from zotuner.blocks import Block, Piece, Weight, named_weights, pieces_of, weights_of
+from zotuner.blocks import Block, Piece, Weight, named_weights, pieces_of
 from zotuner.errors import unknown
+from zotuner.perturb.closure import Closure, takes_branches, value_of, values_of
 from zotuner.perturb.evaluation import CannotStackError, Current, Evaluation
-from zotuner.perturb.field import Direction, Move, shift, shift_and_measure
+from zotuner.perturb.field import Direction, shift, shift_and_measure
 from zotuner.perturb.lanes import arrange, can_run_side_by_side, side_by_side
-from zotuner.perturb.slot import CONTAINERS, Perturbation, Scratch, Slot, build, marked
+from zotuner.perturb.slot import Perturbation, Scratch, Slot, build, marked
+from zotuner.perturb.still import share_before, still_modules
 from zotuner.perturb.stored import slots_of
 from zotuner.perturb.streamed import forward_of, forward_once, has_own_forward, replaced_forwards
+from zotuner.perturb.walker import Walker
 from zotuner.perturb.watch import Watch
 
 ENGINES = ("streamed", "in-place")
 TOGETHER_SHARE = 1 / 4  # of the weights' bytes: what "auto" lets the activations of further points take
 SIDE_BY_SIDE = 0.2  # share of a step that must be the same for all points before they rather share a forward
 LIVE = 2  # outputs as wide as the widest that a branch is taken to hold at once
-NO_FORWARD = (*CONTAINERS, nn.ModuleList, nn.ModuleDict)
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}  # between stacked and single losses; others: 5e-2
-
-Closure = Callable[..., Tensor | float]
 
 
 class Perturber:
@@ -101,7 +100,7 @@ class Perturber:
                 + (", without torch.compile" if compiled else "")
             )
         small = any(param.dtype.itemsize < 4 for param in self._pieces)
-        self._walker = _Walker(blocks) if in_place and not small else None
+        self._walker = Walker(blocks) if in_place and not small else None
         self._copied: set[nn.Parameter] = set(self._params) if in_place else set()
         self._watched = in_place
         self._current = Current()
@@ -128,7 +127,7 @@ class Perturber:
         if self._walker is not None:
             return [self._walker.loss(closure, point) for point in points]
         last = self.learn_model(closure, points)
-        still = self._still(points)
+        still = still_modules(self._model, self._slots, points)
         plan = self._plan(closure, len(points), still)
         with self._replaced(still):
             if all(group == [1] for group in plan):
@@ -234,7 +233,7 @@ class Perturber:
             count: Of points.
             still: Modules in which nothing is perturbed; those before all others run once where points share a forward.
         """
-        if count == 1 or not _takes_branches(closure):
+        if count == 1 or not takes_branches(closure):
             return arrange(count, 1, 1)
         if self._half:
             return arrange(count, 1, 1 if self._branch_batch == 1 else count)
@@ -244,7 +243,7 @@ class Perturber:
         lanes = self._branch_threads if isinstance(self._branch_threads, int) else fit
         lanes = min(lanes, torch.get_num_threads()) if self._can_share_cores() else 1
         if lanes > 1 and self._branch_threads == "auto" and fit >= count:
-            spared = self._share_before(still) * (count - 1) / count
+            spared = share_before(self._model, still) * (count - 1) / count
             lanes = 1 if spared > SIDE_BY_SIDE else lanes
         if self._branch_batch == "auto":
             size = max(1, fit // lanes)
@@ -275,10 +274,10 @@ class Perturber:
     ) -> list[float]:
         """The losses of one forward."""
         if group == [None]:
-            return [_value(closure())]
+            return [value_of(closure())]
         evaluation = Evaluation(group, self._scratches[lane], watch, self._half)
         with self._current.at(evaluation), self._moved_copies(group[0]):
-            return [_value(closure())] if len(group) == 1 else _values(closure(branches=len(group)), len(group))
+            return [value_of(closure())] if len(group) == 1 else values_of(closure(branches=len(group)), len(group))
 
     @contextmanager
     def _moved_copies(self, point: Perturbation | None) -> Iterator[None]:
@@ -314,95 +313,10 @@ class Perturber:
             for hook in hooks:
                 hook.remove()
 
-    def _still(self, points: Sequence[Perturbation | None]) -> list[nn.Module]:
-        """The largest modules in which nothing is perturbed at any point: whole layers, frozen or of scale 0."""
-        alphas = [point.alphas for point in points if point is not None]
-        if not alphas:
-            return []
-        moves = [any(column) for column in zip(*alphas, strict=True)]
-        moving = {slot.module for slot in self._slots if any(moves[number] for number, _ in slot.pieces)}
-
-        def largest(module: nn.Module) -> Iterator[nn.Module]:
-            if not moving.isdisjoint(module.modules()):
-                for child in module.children():
-                    yield from largest(child)
-            elif (
-                not isinstance(module, NO_FORWARD)
-                and not has_own_forward(module)
-                and next(module.parameters(), None) is not None
-            ):
-                yield module
-
-        return list(dict.fromkeys(largest(self._model)))
-
-    def _share_before(self, still: Sequence[nn.Module]) -> float:
-        """What weights lie in these modules before any other that has some, as a share of all.
-
-        Embedding tables, which are looked up, do not count. Modules are taken to run in the order in which they were
-        registered.
-        """
-        inside = {child for module in still for child in module.modules()}
-        before = total = 0
-        for module in self._model.modules() if still else ():
-            own = 0 if isinstance(module, nn.Embedding) else sum(w.numel() for w in weights_of(module).values())
-            before += own if before == total and module in inside else 0
-            total += own
-        return before / max(1, total)
-
     def _next_batch(self, *_: object) -> None:
         """Around a forward of the model; a closure may run it on several batches, which differ in size."""
         if self._current.evaluation is not None:
             self._current.evaluation.rows = None
-
-
-class _Walker:
-    """Moves theta from point to point by noise drawn again.
-
-    Args:
-        blocks: Of the model.
-    """
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self._blocks = blocks
-        self._at: Perturbation | None = None
-
-    def loss(self, closure: Closure, point: Perturbation | None) -> float:
-        """L at a point; theta stays there, or comes home if the closure raises."""
-        with marked("noise"):
-            self.move(point)
-        try:
-            return _value(closure())
-        except BaseException:
-            self.move(None)
-            raise
-
-    def move(self, to: Perturbation | None) -> None:
-        """One sweep where the two points' noise lies in one branch or in neighbouring ones, else two."""
-        here, self._at = self._at, to
-        if here is not None and to is not None and to.draw == here.draw:
-            shift(self._blocks, to.draw, [[b - a] for a, b in zip(here.alphas, to.alphas, strict=True)])
-        elif here is not None and to is not None and to.draw == here.draw.branched(here.draw.branch + 1):
-            shift(self._blocks, here.draw, [[-a, b] for a, b in zip(here.alphas, to.alphas, strict=True)])
-        else:
-            if here is not None:
-                shift(self._blocks, here.draw, [[-a] for a in here.alphas])
-            if to is not None:
-                shift(self._blocks, to.draw, [[b] for b in to.alphas])
-
-    def home_and(self, draw: Direction, alphas: Sequence[Sequence[float]]) -> Move:
-        """The sweep that is left to do for an update: it holds the way home where the point's branch is one of its own.
-
-        Elsewhere theta goes home first.
-        """
-        here = self._at
-        place = -1 if here is None or here.draw != draw.branched(here.draw.branch) else here.draw.branch - draw.branch
-        if here is None or not 0 <= place < len(alphas[0]):
-            self.move(None)
-            return draw, alphas
-        self._at = None
-        return draw, [
-            [x - a if k == place else x for k, x in enumerate(row)] for row, a in zip(alphas, here.alphas, strict=True)
-        ]
 
 
 @contextmanager
@@ -426,32 +340,4 @@ def _changed(before: Attributes, after: Attributes) -> bool:
     """Whether a module holds something else than before."""
     return any(
         held.get(name, after) is not value for module, held in before.items() for name, value in after[module].items()
-    )
-
-
-def _takes_branches(closure: Closure) -> bool:
-    """Whether a closure has a parameter `branches`."""
-    try:
-        return "branches" in inspect.signature(closure).parameters
-    except (TypeError, ValueError):  # builtins have no signature
-        return False
-
-
-def _value(loss: Tensor | float) -> float:
-    """A closure's result as a float."""
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return float(loss.detach())
-    if isinstance(loss, int | float):
-        return float(loss)
-    came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-    raise ValueError(f"the closure must return the loss, a tensor with one element or a float; it returned {came}")
-
-
-def _values(losses: Tensor | float, count: int) -> list[float]:
-    """A stacked closure's result as floats."""
-    if isinstance(losses, Tensor) and losses.shape == (count,):
-        return [float(x) for x in losses.detach()]
-    came = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
-    raise ValueError(
-        f"a closure called with branches={count} must return losses of shape ({count},); it returned {came}"
     )
