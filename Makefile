@@ -33,7 +33,7 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 test: $(VENV)/.model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: lint types test
 

@@ -496,6 +496,11 @@ BAD_META: dict[str, tuple[Options, str]] = {
     "inner lr of 0": ({"inner_lr": "0"}, "--inner-lr: input should be greater than 0"),
     "wrong type": ({"reset_every": "often"}, "--reset-every: input should be a valid integer"),
     "another program's flag": ({"method": "mezo"}, "unrecognized arguments: --method mezo"),
+    "a second batch of all": (
+        {"meta_loss": "expected", "second_batch": True},
+        "--second-batch is for --meta-loss sampled",
+    ),
+    "a batch of one": ({"meta_loss": "expected", "batch_size": "1"}, "needs a --batch-size of at least 2, got 1"),
     "no trajectory": ({"trajectory": "{inputs}/none"}, "points.jsonl: no such file"),
     "a trajectory of other tasks": (
         {"trajectory": "{meta}/trajectory", "tasks": "demo-sentiment"},
@@ -516,7 +521,8 @@ def test_bad_input_of_meta_training_is_one_line_and_writes_nothing(
     says: str,
 ) -> None:
     out = tmp_path / "out"
-    stated = {name: value.format(inputs=inputs, meta=meta_run) for name, value in changes.items()}
+    paths = {"inputs": inputs, "meta": meta_run}
+    stated = {name: value.format(**paths) if isinstance(value, str) else value for name, value in changes.items()}
     capsys.readouterr()
     assert call("meta-train", *argv_of(quick_meta(model_dir, out, **stated))) == 2
     assert says in assert_one_error_line(capsys.readouterr().err)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -234,6 +235,22 @@ def test_the_loss_has_the_gradient_of_the_obvious_one(tokenizer: Any, model: Any
     for got, param in zip(came, model.parameters(), strict=True):
         torch.testing.assert_close(got, param.grad, atol=1e-5, rtol=1e-4)
     model.zero_grad()
+
+
+@torch.no_grad()
+def test_a_centred_loss_does_not_see_what_its_examples_share(model: Any, tokenizer: Any) -> None:
+    objective = Objective(task_of("classification"), tokenizer)
+    batch = objective.training_batch(RAGGED)
+    scores = objective.scores(model, batch)
+    known = [[x for x in column if math.isfinite(x)] for column in scores.T.tolist()]
+    means = torch.tensor([mean(column) for column in known])
+    came = float(objective.centred_loss(model, batch))
+    assert came == pytest.approx(float(objective.losses(scores - means, batch.labels).mean()), abs=TOLERANCE)
+    shifted = [scores + torch.tensor([3.0, -2.0, 1.0])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective._scorer, "scores", lambda *_: shifted)
+        assert float(objective.loss(model, batch)) != pytest.approx(came, abs=0.1)
+        assert float(objective.centred_loss(model, batch)) == pytest.approx(came, abs=TOLERANCE)
 
 
 @torch.no_grad()

@@ -287,7 +287,7 @@ class MetaTrainConfig(Config):
     meta_loss: Literal["sampled", "expected"] = Field(
         "sampled", description="after one virtual step (the paper's), or the gain expected of a step at its best lr"
     )
-    second_batch: bool = Field(False, description="judge a step by another batch than the one that gave it")
+    second_batch: bool = Field(False, description="judge a step by another batch than the one that gave it (sampled)")
     draws: int = Field(1, ge=1, description="noise vectors a point; their meta-gradients are averaged")
     inner_lr: float = Field(4e-5, gt=0, allow_inf_nan=False, description="lr of the virtual step (sampled)")
     inner_lr_range: float = Field(
@@ -307,6 +307,14 @@ class MetaTrainConfig(Config):
     )
     snapshot_every: int | None = Field(None, ge=1, description="keep the weights of every such point in OUT/trajectory")
     trajectory: Path | None = Field(None, description="a recorded run's trajectory folder, visited instead of walked")
+
+    @model_validator(mode="after")
+    def _by_meta_loss(self) -> Self:
+        if self.meta_loss == "expected" and self.second_batch:
+            raise ValueError("--second-batch is for --meta-loss sampled; expected takes its signal from all points")
+        if self.meta_loss == "expected" and self.batch_size < 2:
+            raise ValueError(f"--meta-loss expected needs a --batch-size of at least 2, got {self.batch_size}")
+        return self
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """The expected gain of a zeroth-order step: a meta-loss without the noise of a single draw.
 
-    batch, at theta: g_i;  at theta + eps z: z_i . g_i     ->  energy T_i = |g_i|^2, curvature C_i
-    another batch, at theta: g'_i                          ->  signal S_i = <g_i, g'_i>
-    sigma~, S, T, C of the points so far                   ->  log gain, and its gradient by each sigma~_i
+    batch, at theta: g_i;  at theta + eps z: z_i . g_i          ->  energy T_i = |g_i|^2, curvature C_i
+    centred loss, at theta: h_i;  its mean over earlier points  ->  signal S_i = <h_i, mean>
+    sigma~, S, T, C of the points so far                        ->  log gain, and its gradient by each sigma~_i
 
 Averaged over z, to second order, a step with u = (sigma~_i z_i)_i, its coefficient from one batch, changes the loss of
 the task by -lr A + lr^2 / 2 T B, with A = sum sigma~_i^2 S_i, T = sum sigma~_i^2 T_i, B = sum sigma~_i^2 C_i. At the
-best lr it gains A^2 / (2 T B). Source: docs/method.md, "Meta-training".
+best lr it gains A^2 / (2 T B). Points have batches of their own, so that S is free of sampling noise in the mean, and
+holds what lasts along the trajectory. Source: docs/method.md, "Meta-training".
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -21,7 +22,7 @@ from zotuner.blocks import Block, Piece
 from zotuner.gradients import block_dots, each_gradient
 from zotuner.perturb import Draw, shifted
 
-MEMORY = 0.95  # of the running means over points: they go back some 20
+MEMORY = 0.95  # of all running means over points: they go back some 20
 
 Loss = Callable[[], Tensor]  # differentiable, of one fixed batch
 
@@ -32,34 +33,66 @@ class Profile:
 
     Attributes:
         loss: Of the batch at the point.
-        signal: (n,) float64: S_i, whose mean is |E g_i|^2; with one batch alone it is the energy.
+        signal: (n,) float64: S_i, whose mean is |E h_i|^2; None where no earlier point is known.
         energy: (n,) float64: T_i.
         curvature: (n,) float64: an estimate of C_i = tr H_ii, of either sign.
     """
 
     loss: float
-    signal: Tensor
+    signal: Tensor | None
     energy: Tensor
     curvature: Tensor
 
     @property
     def finite(self) -> bool:
         """Whether all of it can be used."""
-        return bool(torch.isfinite(torch.stack([self.signal, self.energy, self.curvature])).all())
+        known = [self.energy, self.curvature, *([] if self.signal is None else [self.signal])]
+        return bool(torch.isfinite(torch.stack(known)).all())
 
 
-def profile(blocks: Sequence[Block], loss: Loss, other: Loss | None, draws: Sequence[Draw], *, eps: float) -> Profile:
+@dataclass
+class Remembered:
+    """The running mean of a task's gradients over the points of a round: one copy of the weights' size.
+
+    Attributes:
+        means: Of each piece, not yet divided by the weight.
+        weight: Sum of the weights of the points in the means, up to 1.
+    """
+
+    means: dict[Piece, Tensor] = field(default_factory=dict)
+    weight: float = 0.0
+
+    def meet(self, piece: Piece, gradient: Tensor) -> float:
+        """The product of a point's gradient with the mean over earlier points, 0 at the first, and takes it in."""
+        if piece not in self.means:
+            self.means[piece] = gradient * (1 - MEMORY)
+            return 0.0
+        mean = self.means[piece]
+        product = float(torch.dot(mean.flatten(), gradient.flatten())) / self.weight
+        mean.mul_(MEMORY).add_(gradient, alpha=1 - MEMORY)
+        return product
+
+
+def profile(
+    blocks: Sequence[Block],
+    loss: Loss,
+    centred: Loss | None,
+    remembered: Remembered,
+    draws: Sequence[Draw],
+    *,
+    eps: float,
+) -> Profile:
     """Measures a point; the weights come back to where they were, to within rounding.
 
     Args:
         blocks: Whose parameters are floating-point.
         loss: Of the batch that gives a step its coefficient.
-        other: Of a second batch of the task; None: the batch itself stands for the task. One gradient is kept for it.
+        centred: Of the same batch, see `Objective.centred_loss`; None: the loss itself.
+        remembered: Of the earlier points of the task; takes this one in.
         draws: Noise for the curvature, one at least: (g_i(theta + eps z) - g_i(theta)) . z_i / eps, averaged.
         eps: Size of that perturbation.
     """
     n = len(blocks)
-    kept: dict[Piece, Tensor] = {}
     signal, energy = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     at, beyond = torch.zeros(len(draws), n, dtype=torch.float64), torch.zeros(len(draws), n, dtype=torch.float64)
 
@@ -67,24 +100,26 @@ def profile(blocks: Sequence[Block], loss: Loss, other: Loss | None, draws: Sequ
         energy[number] += noise.sums(gradient)[1]
         for row, draw in zip(at, draws, strict=True):
             row[number] += noise.dot(gradient, **draw.at(number, piece.start))
-        if other is not None:
-            kept[piece] = gradient.clone()
+        if centred is None:
+            lasting(number, piece, gradient)
 
-    def second(number: int, piece: Piece, gradient: Tensor) -> None:
-        signal[number] += float(torch.dot(kept.pop(piece).flatten(), gradient.flatten()))
+    def lasting(number: int, piece: Piece, gradient: Tensor) -> None:
+        signal[number] += remembered.meet(piece, gradient)
 
     with torch.enable_grad():
         with each_gradient(blocks, first):
             value = loss()
             value.backward()
-        if other is not None:
-            with each_gradient(blocks, second):
-                other().backward()
+        if centred is not None:
+            with each_gradient(blocks, lasting):
+                centred().backward()
         for row, draw in zip(beyond, draws, strict=True):
             with shifted(blocks, draw, [[eps]] * n), block_dots(blocks, draw, row):
                 loss().backward()
     curvature = ((beyond - at) / eps).mean(dim=0)
-    return Profile(float(value.detach()), energy if other is None else signal, energy, curvature)
+    known = signal if remembered.weight else None
+    remembered.weight = MEMORY * remembered.weight + 1 - MEMORY
+    return Profile(float(value.detach()), known, energy, curvature)
 
 
 @dataclass
@@ -100,7 +135,7 @@ class Profiles:
     weight: float = 0.0
 
     def add(self, point: Profile) -> Self:
-        """Takes a point in."""
+        """Takes in a point whose signal is known."""
         rows = self._row(point)
         self.means = rows * (1 - MEMORY) if self.means is None else MEMORY * self.means + (1 - MEMORY) * rows
         self.weight = MEMORY * self.weight + 1 - MEMORY
@@ -127,6 +162,7 @@ class Profiles:
 
     @staticmethod
     def _row(point: Profile) -> Tensor:
+        assert point.signal is not None, "the first point of a round has no signal"
         whole = point.energy.sum()
         return torch.stack([point.signal / whole, point.energy / whole, point.curvature])
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from zotuner.block_types import block_types
-from zotuner.blocks import Block, find_blocks
+from zotuner.blocks import Block, find_blocks, pieces_of
 from zotuner.config import MetaTrainConfig
-from zotuner.expected import Loss, Profiles, profile
+from zotuner.expected import Loss, Profiles, Remembered, profile
 from zotuner.gradients import block_dots
 from zotuner.optim.estimators import TwoPoint
 from zotuner.optim.zo_finetuner import features_of
@@ -130,20 +130,32 @@ class MetaTrainer:
 
     def __init__(self, model: nn.Module, tuner: Tuner, config: MetaTrainConfig) -> None:
         self.blocks = find_blocks(model, tuner.granularity)
+        self._pieces = list(pieces_of(self.blocks))
         self._tuner, self._config = tuner, config
         self._numels = tuner.numels_for(model, self.blocks)
         self._perturber = Perturber(model, self.blocks)
         self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
         self._told: dict[str, _Told] = {}  # of each task
         self._profiles: dict[str, Profiles] = {}  # of each task
+        self._remembered: dict[str, Remembered] = {}  # of each task, since the model began anew
         self._types = block_types([block.name for block in self.blocks])
 
-    def update(self, closure: Loss, other: Loss, *, number: int, position: int, task: str) -> dict[str, Any]:
+    def update(
+        self,
+        closure: Loss,
+        *,
+        other: Loss,
+        centred: Loss | None,
+        number: int,
+        position: int,
+        task: str,
+    ) -> dict[str, Any]:
         """One outer step at the model's present weights.
 
         Args:
             closure: The differentiable loss of the point's batch.
-            other: That of another batch, asked if `second_batch` is set.
+            other: That of another batch: the sampled meta-loss asks it if `second_batch` is set.
+            centred: That of the batch without what its examples share, for the expected meta-loss; None: there is none.
             number: Of the point; noise is drawn with it.
             position: 0: the trajectory begins anew, and so do the nets' inputs.
             task: Of the point: the nets are told of the last point of the same.
@@ -153,12 +165,13 @@ class MetaTrainer:
         """
         if position == 0:
             self._told.clear()
+            self._remembered.clear()
         raw, scales = self.scales(task)
         draws = [Draw(self._config.noise, self._config.seed, number, k) for k in range(self._config.draws)]
-        judge = other if self._config.second_batch else None
-        found = (self._expected if self._config.meta_loss == "expected" else self._sampled)(
-            closure, judge, draws, scales.detach(), task
-        )
+        if self._config.meta_loss == "expected":
+            found = self._expected(closure, centred, draws, scales.detach(), task)
+        else:
+            found = self._sampled(closure, other if self._config.second_batch else None, draws, scales.detach())
         if found.gradient is not None:
             self._outer.zero_grad()
             (scales * found.gradient).sum().backward()
@@ -169,7 +182,7 @@ class MetaTrainer:
             self._told[task] = _Told(found.losses, raw.detach(), start)
         return found.row | self._spread(scales.detach())
 
-    def _sampled(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor, task: str) -> _Found:
+    def _sampled(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> _Found:
         """The loss after a virtual step, averaged over draws."""
         lr = self._inner_lr(draws[0].step)
         steps = [
@@ -188,17 +201,25 @@ class MetaTrainer:
         losses = (_mean([step.losses[0] for step in usable]), _mean([step.losses[1] for step in usable]))
         return _Found(row, torch.stack([step.gradient for step in usable]).mean(dim=0), losses)
 
-    def _expected(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor, task: str) -> _Found:
+    def _expected(
+        self, closure: Loss, centred: Loss | None, draws: Sequence[Draw], scales: Tensor, task: str
+    ) -> _Found:
         """The loss after a step at its best lr, averaged over noise; the losses told are that of the point."""
-        point = profile(self.blocks, closure, judge, draws, eps=self._config.eps)
-        row: dict[str, Any] = {"loss": point.loss, "meta_loss": math.nan, "coefficients": [], "skipped": len(draws)}
+        remembered = self._remembered.setdefault(task, Remembered())
+        point = profile(self.blocks, closure, centred, remembered, draws, eps=self._config.eps)
+        row: dict[str, Any] = {"loss": point.loss, "meta_loss": math.nan, "coefficients": [], "gain": math.nan}
         if not point.finite:
-            return _Found(row, None, None)
+            del self._remembered[task]  # it met a gradient that is not
+            return _Found(row | {"skipped": len(draws)}, None, None)
+        row["skipped"], losses = 0, (point.loss, point.loss)
+        if point.signal is None:
+            return _Found(row, None, losses)
         profiles = self._profiles.setdefault(task, Profiles()).add(point)
         gradient = profiles.gradient(point, scales)
         gain, isotropic = profiles.gain(scales), profiles.gain(torch.ones_like(scales))
         row["meta_loss"] = point.loss - gain * float(point.energy.sum())
-        return _Found(row | {"gain": gain / isotropic, "skipped": 0}, gradient, (point.loss, point.loss))
+        row["gain"] = gain / isotropic
+        return _Found(row, gradient, losses)
 
     def _inner_lr(self, number: int) -> float:
         """The lr of a point's virtual steps, uniform in its logarithm."""
@@ -222,8 +243,13 @@ class MetaTrainer:
         told = {f"told.{task}": told.sigma for task, told in self._told.items()}
         tensors = {**nets, **optimizer_tensors(self._outer, "outer."), **told}
         tensors |= {f"profiles.{task}": p.means for task, p in self._profiles.items() if p.means is not None}
-        losses = {task: [*told.losses, told.start] for task, told in self._told.items()}
-        numbers = {"told": losses, "profiles": {task: p.weight for task, p in self._profiles.items()}}
+        for task, remembered in self._remembered.items():
+            tensors |= {f"remembered.{task}.{k}": remembered.means[piece] for k, (_, piece) in enumerate(self._pieces)}
+        numbers = {
+            "told": {task: [*told.losses, told.start] for task, told in self._told.items()},
+            "profiles": {task: p.weight for task, p in self._profiles.items()},
+            "remembered": {task: r.weight for task, r in self._remembered.items()},
+        }
         return tensors, {"outer": optimizer_groups(self._outer), **numbers}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -236,6 +262,9 @@ class MetaTrainer:
         }
         means = under("profiles.", tensors)
         self._profiles = {task: Profiles(means[task], weight) for task, weight in state["profiles"].items()}
+        for task, weight in state["remembered"].items():
+            kept = under(f"remembered.{task}.", tensors)
+            self._remembered[task] = Remembered({p: kept[str(k)] for k, (_, p) in enumerate(self._pieces)}, weight)
 
     def nets(self) -> dict[str, Tensor]:
         """A copy of the nets as they are."""

@@ -8,6 +8,7 @@ A run that was killed goes on from its last snapshot, and ends with the same tun
 
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 from zotuner.adapters import adapted, adapter_of
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
+from zotuner.expected import Loss
 from zotuner.files import check_out, claim_out, locked
 from zotuner.meta import MetaTrainer, under
 from zotuner.metrics import MetricsLog, keep_rows, write_json
 from zotuner.models import kind_of, known_as, load_model, weights_sha256
-from zotuner.objective import objective_for
+from zotuner.objective import Objective, objective_for
 from zotuner.progress import Display, peak_rss_bytes
 from zotuner.signals import Requests
 from zotuner.snapshot import drop_all, drop_unfinished, latest, take
-from zotuner.tasks import Splits, digest, get_task
+from zotuner.tasks import Example, Splits, digest, get_task
 from zotuner.trajectory import START, Point, Recorded, Walk
 from zotuner.tuner import Tuner
 from zotuner.validation import Validation
@@ -100,7 +102,7 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         trainer, validation = MetaTrainer(model, tuner, config), None
         if config.validate_steps:
             validation = Validation(model, tuner, config, objectives, splits, points.to_start)
-        walked = _Walked(config, trainer, points, loss, model, display, requests, data, validation)
+        walked = _Walked(config, trainer, points, objectives, model, display, requests, data, validation)
         seconds = walked.run()
         tuner.save_pretrained(config.out)
         summary = {
@@ -159,7 +161,7 @@ class _Walked:
         config: All options.
         trainer: Takes the outer steps.
         points: Of the trajectory.
-        loss: Evaluates a batch.
+        objectives: Of each task.
         model: At its starting weights.
         display: Where progress goes.
         requests: What signals ask for.
@@ -172,14 +174,14 @@ class _Walked:
         config: MetaTrainConfig,
         trainer: MetaTrainer,
         points: Walk | Recorded,
-        loss: Any,
+        objectives: Mapping[str, Objective],
         model: nn.Module,
         display: Display,
         requests: Requests,
         data: str,
         validation: Validation | None,
     ) -> None:
-        self._config, self._trainer, self._points, self._loss = config, trainer, points, loss
+        self._config, self._trainer, self._points, self._objectives = config, trainer, points, objectives
         self._model, self._display, self._requests = model, display, requests
         self._begun_with = {"data": data, "weights": weights_sha256(model)}
         self._validation = validation
@@ -199,7 +201,7 @@ class _Walked:
                 self._heed(point, point.number > start)
                 if point.position == 0:
                     self._validate(point.number)
-                row = _update(self._trainer, point, self._loss)
+                row = self._update(point)
                 metrics.write(
                     step=point.number, position=point.position, task=point.task, seconds=self._seconds(), **row
                 )
@@ -215,6 +217,21 @@ class _Walked:
             self._validate(config.steps)
             self._trainer.take_nets(self._best)
         return self._seconds()
+
+    def _update(self, point: Point) -> dict[str, Any]:
+        objective = self._objectives[point.task]
+
+        def of(loss: Callable[[Any, Any], Tensor], examples: Sequence[Example]) -> Loss:
+            return lambda: loss(self._model, objective.training_batch(examples))
+
+        return self._trainer.update(
+            of(objective.loss, point.examples),
+            other=of(objective.loss, point.others),
+            centred=of(objective.centred_loss, point.examples) if objective.classifies else None,
+            number=point.number,
+            position=point.position,
+            task=point.task,
+        )
 
     def kept(self) -> dict[str, Any]:
         """For the summary: what was validated, and after how many outer steps the tuner that is kept was had."""
@@ -292,14 +309,5 @@ def _status(row: dict[str, Any]) -> str:
     """Of the progress bar: losses, what is gained over sigma = 1, and the types of blocks with least and most noise."""
     types = sorted(row["sigma_types"].items(), key=lambda item: item[1])
     ends = [f"{label.removesuffix('.weight')} {sigma:.2f}" for label, sigma in (types[0], types[-1])]
-    gain = f"gain x{row['gain']:.2f}  " if "gain" in row else ""
+    gain = f"gain x{row['gain']:.2f}  " if math.isfinite(row.get("gain", math.nan)) else ""
     return f"loss {row['loss']:.4f}  meta-loss {row['meta_loss']:.4f}  {gain}sigma: {' to '.join(ends)}"
-
-
-def _update(trainer: MetaTrainer, point: Point, loss: Any) -> dict[str, Any]:
-    def of(examples: Any) -> Any:
-        return lambda: loss(point.task, examples)
-
-    return trainer.update(
-        of(point.examples), of(point.others), number=point.number, position=point.position, task=point.task
-    )

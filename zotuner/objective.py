@@ -142,6 +142,26 @@ class Objective:
         means = torch.stack([self.losses(table, batch.labels).mean() for table in tables])
         return means if branches > 1 else means[0]
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the loss is a cross-entropy over the candidates."""
+        return self._classifies
+
+    def centred_loss(self, model: Any, batch: Any) -> Tensor:
+        """The mean loss of a batch, 0-d, with each candidate's scores less their mean over the batch.
+
+        While some candidates are likelier than others whatever the text, that difference is nearly all there is in a
+        gradient of the plain loss; a few dozen steps settle it. Here it is gone. Of one example nothing is left.
+
+        Args:
+            model: Of the objective's kind.
+            batch: Of `training_batch`, with all candidates: the objective `classifies`.
+        """
+        scores = self.scores(model, batch)
+        present = scores.isfinite()
+        means = scores.where(present, 0.0).sum(dim=0) / present.sum(dim=0).clamp_min(1)
+        return self.losses(scores - means, batch.labels).mean()
+
     def mean_loss(self, model: Any, batches: Sequence[Any], branches: int = 1) -> Tensor:
         """The mean loss of the examples of several batches, which need not be of one size; otherwise as `loss`."""
         weighted = zip(batches, shares(batches), strict=True)
