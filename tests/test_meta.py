@@ -257,6 +257,26 @@ def test_a_step_is_judged_by_the_other_batch() -> None:
     assert row["meta_loss"] > -8.0
 
 
+def test_the_signal_is_the_centred_losss_once_a_round_has_settled() -> None:
+    model = Split()
+    trainer = MetaTrainer(model, Tuner.for_model(model, "exp"), config(meta_loss="expected", settle=3))
+    asked = []
+
+    def centred(position: int) -> Tensor:
+        asked.append(position)
+        return model(2.0)
+
+    known = []
+    for position in (0, 1, 2, 3, 4, 5, 0, 1):
+        row = visit(trainer, model, centred=partial(centred, position), number=position, position=position)
+        known.append(math.isfinite(row["gain"]))
+    assert asked == [3, 4, 5]
+    assert known == [False, True, True, False, True, True, False, True]  # nothing is known of an earlier point
+    asked.clear()
+    visit(trainer, model, number=9, position=9)  # a task without one
+    assert asked == []
+
+
 @pytest.mark.filterwarnings("ignore:.*read outside")
 def test_nets_are_told_of_the_last_point_of_the_same_task() -> None:
     model = Split()

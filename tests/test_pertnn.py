@@ -232,7 +232,7 @@ def test_standardized_statistics_have_mean_zero_and_deviation_one() -> None:
     mean, var = random(40) * 0.3 + 0.1, random(40, seed=1).exp() * 1e-3
     ones = torch.ones(40)
     found = FeatureSpec.standardized(mean, var)(torch.stack([2 * ones, 3 * ones, ones, mean, var], dim=1), 2.0)
-    assert found[:, :2].unique().tolist() == [0.0, 0.5]
+    assert found[:, :2].unique().tolist() == [0.0, 2.0]
     assert float(found[:, 2].abs().max()) < 1e-6  # log of a scale of 1
     assert found[:, 3:].mean(dim=0).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
     assert found[:, 3:].std(dim=0).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)

@@ -288,6 +288,12 @@ class MetaTrainConfig(Config):
         "sampled", description="after one virtual step (the paper's), or the gain expected of a step at its best lr"
     )
     second_batch: bool = Field(False, description="judge a step by another batch than the one that gave it (sampled)")
+    settle: int = Field(
+        20,
+        ge=0,
+        description="points after a reset that count all of the gradient as signal; then what sets examples apart "
+        "(expected)",
+    )
     draws: int = Field(1, ge=1, description="noise vectors a point; their meta-gradients are averaged")
     inner_lr: float = Field(4e-5, gt=0, allow_inf_nan=False, description="lr of the virtual step (sampled)")
     inner_lr_range: float = Field(

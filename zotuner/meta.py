@@ -155,7 +155,8 @@ class MetaTrainer:
         Args:
             closure: The differentiable loss of the point's batch.
             other: That of another batch: the sampled meta-loss asks it if `second_batch` is set.
-            centred: That of the batch without what its examples share, for the expected meta-loss; None: there is none.
+            centred: That of the batch without what its examples share, asked by the expected meta-loss once
+                `settle` points have passed; None: there is none.
             number: Of the point; noise is drawn with it.
             position: 0: the trajectory begins anew, and so do the nets' inputs.
             task: Of the point: the nets are told of the last point of the same.
@@ -165,11 +166,13 @@ class MetaTrainer:
         """
         if position == 0:
             self._told.clear()
+        if position in (0, self._config.settle):
             self._remembered.clear()
         raw, scales = self.scales(task)
         draws = [Draw(self._config.noise, self._config.seed, number, k) for k in range(self._config.draws)]
         if self._config.meta_loss == "expected":
-            found = self._expected(closure, centred, draws, scales.detach(), task)
+            settled = position >= self._config.settle
+            found = self._expected(closure, centred if settled else None, draws, scales.detach(), task)
         else:
             found = self._sampled(closure, other if self._config.second_batch else None, draws, scales.detach())
         if found.gradient is not None:

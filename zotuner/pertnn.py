@@ -19,6 +19,7 @@ FEATURES = ("loss_plus", "loss_minus", "sigma_prev", "mean", "var")
 TRANSFORMS = ("identity", "log", "relative")
 ARCHITECTURES = ("abs", "exp")
 HIDDEN = 64  # units (arXiv:2510.00419)
+LOSS_SCALE = 0.25  # of relative losses: what a run takes off its first loss is a quarter or a half
 TINY = 1e-12  # keeps the logarithm of a variance or a scale finite
 
 
@@ -77,7 +78,7 @@ class FeatureSpec:
         return cls(
             transform=("relative", "relative", "log", "identity", "log"),
             shift=(0.0, 0.0, 0.0, float(mean.mean()), float(log_var.mean())),
-            scale=(1.0, 1.0, 1.0, mean_scale, var_scale),
+            scale=(LOSS_SCALE, LOSS_SCALE, 1.0, mean_scale, var_scale),
         )
 
     def to_dict(self) -> dict[str, Any]:
