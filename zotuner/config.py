@@ -294,7 +294,7 @@ class MetaTrainConfig(Config):
         description="points after a reset that count all of the gradient as signal; then what sets examples apart "
         "(expected)",
     )
-    draws: int = Field(1, ge=1, description="noise vectors a point; their meta-gradients are averaged")
+    draws: int = Field(1, ge=1, description="noise vectors a point; their meta-gradients are averaged (sampled)")
     inner_lr: float = Field(4e-5, gt=0, allow_inf_nan=False, description="lr of the virtual step (sampled)")
     inner_lr_range: float = Field(
         1.0,
@@ -303,6 +303,12 @@ class MetaTrainConfig(Config):
         description="draw that lr at each point, from inner_lr / this to inner_lr * this",
     )
     outer_lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="Adam's lr for the PertNNs")
+    outer_decay: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="AdamW's weight decay of the nets' last layer: exp nets go back to sigma = 1 where points disagree",
+    )
     fo_optimizer: Literal["adam", "sgd"] = Field("adam", description="walks the trajectory; sgd has momentum 0.9")
     fo_lr: float = Field(5e-6, gt=0, allow_inf_nan=False, description="lr of the trajectory")
     reset_every: int = Field(50, ge=1, description="points after which the model starts anew")

@@ -1,8 +1,9 @@
 """The expected gain of a zeroth-order step: a meta-loss without the noise of a single draw.
 
-    batch, at theta: g_i;  at theta + eps z: z_i . g_i          ->  energy T_i = |g_i|^2, curvature C_i
-    centred loss, at theta: h_i;  its mean over earlier points  ->  signal S_i = <h_i, mean>
-    sigma~, S, T, C of the points so far                        ->  log gain, and its gradient by each sigma~_i
+    batch of b examples: g_i                       ->  energy T_i = |g_i|^2
+    centred loss: h_i; its mean over earlier ones  ->  signal S_i = <h_i, mean>
+    Fisher: |gradient of an example|^2             ->  curvature C_i = b T_i - (b - 1) S_i
+    sigma~, S, T, C of the points so far           ->  log gain, and its gradient by each sigma~_i
 
 Averaged over z, to second order, a step with u = (sigma~_i z_i)_i, its coefficient from one batch, changes the loss of
 the task by -lr A + lr^2 / 2 T B, with A = sum sigma~_i^2 S_i, T = sum sigma~_i^2 T_i, B = sum sigma~_i^2 C_i. At the
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from zotuner import noise
 from zotuner.blocks import Block, Piece
-from zotuner.gradients import block_dots, each_gradient
-from zotuner.perturb import Draw, shifted
+from zotuner.gradients import each_gradient
 
 MEMORY = 0.95  # of all running means over points: they go back some 20
 
@@ -35,19 +35,24 @@ class Profile:
         loss: Of the batch at the point.
         signal: (n,) float64: S_i, whose mean is |E h_i|^2; None where no earlier point is known.
         energy: (n,) float64: T_i.
-        curvature: (n,) float64: an estimate of C_i = tr H_ii, of either sign.
+        examples: In the batch, b.
     """
 
     loss: float
     signal: Tensor | None
     energy: Tensor
-    curvature: Tensor
+    examples: int
 
     @property
     def finite(self) -> bool:
         """Whether all of it can be used."""
-        known = [self.energy, self.curvature, *([] if self.signal is None else [self.signal])]
-        return bool(torch.isfinite(torch.stack(known)).all())
+        return bool(torch.isfinite(self.energy if self.signal is None else self.energy + self.signal).all())
+
+    @property
+    def curvature(self) -> Tensor:
+        """(n,) float64: C_i, the mean squared gradient of an example, which of a cross-entropy is about tr H_ii."""
+        assert self.signal is not None, "the first point of a round has no signal"
+        return self.examples * self.energy - (self.examples - 1) * self.signal
 
 
 @dataclass
@@ -74,32 +79,21 @@ class Remembered:
 
 
 def profile(
-    blocks: Sequence[Block],
-    loss: Loss,
-    centred: Loss | None,
-    remembered: Remembered,
-    draws: Sequence[Draw],
-    *,
-    eps: float,
+    blocks: Sequence[Block], loss: Loss, centred: Loss | None, remembered: Remembered, *, examples: int
 ) -> Profile:
-    """Measures a point; the weights come back to where they were, to within rounding.
+    """Measures a point.
 
     Args:
         blocks: Whose parameters are floating-point.
         loss: Of the batch that gives a step its coefficient.
         centred: Of the same batch, see `Objective.centred_loss`; None: the loss itself.
         remembered: Of the earlier points of the task; takes this one in.
-        draws: Noise for the curvature, one at least: (g_i(theta + eps z) - g_i(theta)) . z_i / eps, averaged.
-        eps: Size of that perturbation.
+        examples: In the batch.
     """
-    n = len(blocks)
-    signal, energy = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    at, beyond = torch.zeros(len(draws), n, dtype=torch.float64), torch.zeros(len(draws), n, dtype=torch.float64)
+    signal, energy = torch.zeros(2, len(blocks), dtype=torch.float64)
 
     def first(number: int, piece: Piece, gradient: Tensor) -> None:
         energy[number] += noise.sums(gradient)[1]
-        for row, draw in zip(at, draws, strict=True):
-            row[number] += noise.dot(gradient, **draw.at(number, piece.start))
         if centred is None:
             lasting(number, piece, gradient)
 
@@ -113,13 +107,9 @@ def profile(
         if centred is not None:
             with each_gradient(blocks, lasting):
                 centred().backward()
-        for row, draw in zip(beyond, draws, strict=True):
-            with shifted(blocks, draw, [[eps]] * n), block_dots(blocks, draw, row):
-                loss().backward()
-    curvature = ((beyond - at) / eps).mean(dim=0)
     known = signal if remembered.weight else None
     remembered.weight = MEMORY * remembered.weight + 1 - MEMORY
-    return Profile(float(value.detach()), known, energy, curvature)
+    return Profile(float(value.detach()), known, energy, examples)
 
 
 @dataclass

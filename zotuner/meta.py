@@ -134,7 +134,12 @@ class MetaTrainer:
         self._tuner, self._config = tuner, config
         self._numels = tuner.numels_for(model, self.blocks)
         self._perturber = Perturber(model, self.blocks)
-        self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
+        last = [tuner.bank.w2, tuner.bank.b2]
+        others = [p for p in tuner.bank.parameters() if all(p is not q for q in last)]
+        self._outer = torch.optim.AdamW(
+            [{"params": others, "weight_decay": 0.0}, {"params": last, "weight_decay": config.outer_decay}],
+            lr=config.outer_lr,
+        )
         self._told: dict[str, _Told] = {}  # of each task
         self._profiles: dict[str, Profiles] = {}  # of each task
         self._remembered: dict[str, Remembered] = {}  # of each task, since the model began anew
@@ -146,6 +151,7 @@ class MetaTrainer:
         *,
         other: Loss,
         centred: Loss | None,
+        examples: int,
         number: int,
         position: int,
         task: str,
@@ -157,6 +163,7 @@ class MetaTrainer:
             other: That of another batch: the sampled meta-loss asks it if `second_batch` is set.
             centred: That of the batch without what its examples share, asked by the expected meta-loss once
                 `settle` points have passed; None: there is none.
+            examples: In the batch.
             number: Of the point; noise is drawn with it.
             position: 0: the trajectory begins anew, and so do the nets' inputs.
             task: Of the point: the nets are told of the last point of the same.
@@ -172,7 +179,7 @@ class MetaTrainer:
         draws = [Draw(self._config.noise, self._config.seed, number, k) for k in range(self._config.draws)]
         if self._config.meta_loss == "expected":
             settled = position >= self._config.settle
-            found = self._expected(closure, centred if settled else None, draws, scales.detach(), task)
+            found = self._expected(closure, centred if settled else None, examples, scales.detach(), task)
         else:
             found = self._sampled(closure, other if self._config.second_batch else None, draws, scales.detach())
         if found.gradient is not None:
@@ -204,16 +211,14 @@ class MetaTrainer:
         losses = (_mean([step.losses[0] for step in usable]), _mean([step.losses[1] for step in usable]))
         return _Found(row, torch.stack([step.gradient for step in usable]).mean(dim=0), losses)
 
-    def _expected(
-        self, closure: Loss, centred: Loss | None, draws: Sequence[Draw], scales: Tensor, task: str
-    ) -> _Found:
+    def _expected(self, closure: Loss, centred: Loss | None, examples: int, scales: Tensor, task: str) -> _Found:
         """The loss after a step at its best lr, averaged over noise; the losses told are that of the point."""
         remembered = self._remembered.setdefault(task, Remembered())
-        point = profile(self.blocks, closure, centred, remembered, draws, eps=self._config.eps)
+        point = profile(self.blocks, closure, centred, remembered, examples=examples)
         row: dict[str, Any] = {"loss": point.loss, "meta_loss": math.nan, "coefficients": [], "gain": math.nan}
         if not point.finite:
             del self._remembered[task]  # it met a gradient that is not
-            return _Found(row | {"skipped": len(draws)}, None, None)
+            return _Found(row | {"skipped": self._config.draws}, None, None)
         row["skipped"], losses = 0, (point.loss, point.loss)
         if point.signal is None:
             return _Found(row, None, losses)

@@ -228,6 +228,7 @@ class _Walked:
             of(objective.loss, point.examples),
             other=of(objective.loss, point.others),
             centred=of(objective.centred_loss, point.examples) if objective.classifies else None,
+            examples=len(point.examples),
             number=point.number,
             position=point.position,
             task=point.task,
