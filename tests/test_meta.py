@@ -15,7 +15,7 @@ from zotuner import noise
 from zotuner.blocks import find_blocks, moments
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
-from zotuner.expected import MEMORY, Loss, Profile, Profiles, Remembered, profile
+from zotuner.expected import MEMORY, Loss, Profile, Profiles, Remembered, gain, minus_log_gain, profile
 from zotuner.gradients import block_dots
 from zotuner.meta import MetaTrainer, virtual_step
 from zotuner.pertnn import FeatureSpec, normalize
@@ -205,21 +205,6 @@ def test_meta_training_finds_the_block_that_pays(meta_loss: str, draws: int) -> 
     assert rows[-1]["sigma_types"] == pytest.approx({"a": float(sigma[0]), "b": float(sigma[1])}, rel=0.1)
 
 
-def test_the_last_layers_decay_holds_scales_at_one() -> None:
-    spread = {}
-    for decay in (0.0, 20.0):
-        model = Split()
-        tuner = Tuner.for_model(model, "exp")
-        first = tuner.bank.w1.detach().clone()
-        trainer = MetaTrainer(model, tuner, config(outer_lr=1e-2, outer_decay=decay, meta_loss="expected"))
-        for number in range(40):
-            row = visit(trainer, partial(model.wavering, (1, 1, -1, -1)[number % 4]), number=number, position=number)
-        spread[decay] = row["sigma_log_std"]
-        assert float((tuner.bank.w1.detach() - first).abs().max()) < 0.5  # what the nets are told still counts
-        assert float(tuner.bank.w1.detach().abs().mean()) > 0.15
-    assert 0.05 < spread[20.0] < spread[0.0] / 2
-
-
 def test_a_profile_holds_energy_signal_and_curvature_of_each_block() -> None:
     model = Split()
     blocks = find_blocks(model)
@@ -251,27 +236,43 @@ def test_curvature_is_the_mean_squared_gradient_of_an_example() -> None:
     assert curvature.tolist() == pytest.approx(gradients.square().mean(dim=(0, 1)).tolist(), rel=0.1)
 
 
-def test_the_gradient_of_the_expected_gain_is_autograds() -> None:
+def test_the_expected_meta_losss_gradient_is_that_of_the_gain() -> None:
     random = torch.Generator().manual_seed(3)
     point = Profile(1.0, *torch.rand(2, 5, generator=random, dtype=torch.float64), 4)
     scales = (torch.rand(5, generator=random, dtype=torch.float64) + 0.5).requires_grad_()
-    profiles = Profiles().add(point)
+    own, means = Profiles().add(point)
+    torch.testing.assert_close(own, means)
     assert point.signal is not None
     a, t, b = (x @ scales**2 for x in (point.signal, point.energy, point.curvature))
-    (torch.log(t) + torch.log(b) - 2 * torch.log(a)).backward()
-    assert scales.grad is not None
-    came = profiles.gradient(point, scales)
-    assert came is not None
-    torch.testing.assert_close(came, scales.grad)
-    assert profiles.gain(scales) == pytest.approx(float((a**2 / (2 * t * b)).detach()) / float(point.energy.sum()))
+    logarithm = torch.log(t) + torch.log(b) - 2 * torch.log(a)
+    (wanted,) = torch.autograd.grad(logarithm, scales)
+    found = minus_log_gain(own[None].repeat(2, 1, 1), means[None].repeat(2, 1, 1), scales[None].repeat(2, 1))
+    assert found is not None
+    torch.testing.assert_close(torch.autograd.grad(found, scales)[0], wanted)
+    assert gain(means, scales) == pytest.approx(float((a**2 / (2 * t * b)).detach()) / float(point.energy.sum()))
 
 
-def test_a_point_of_negative_curvature_teaches_nothing_yet() -> None:
+def test_running_means_follow_the_points() -> None:
+    profiles, ones = Profiles(), torch.ones(1, dtype=torch.float64)
+    for signal in (0.5, -0.5, 0.25):
+        own, means = profiles.add(Profile(1.0, signal * ones, 2 * ones, 4))
+    assert own[:, 0].tolist() == pytest.approx([0.125, 1.0, 8 - 0.75])
+    weights = torch.tensor([MEMORY**2, MEMORY, 1.0])
+    assert float(means[0, 0]) == pytest.approx(float(weights @ torch.tensor([0.25, -0.25, 0.125]) / weights.sum()))
+
+
+def test_points_of_negative_curvature_teach_nothing_yet() -> None:
     ones = torch.ones(3, dtype=torch.float64)
-    point = Profile(1.0, 2 * ones, ones, 4)
-    profiles = Profiles().add(point)
-    assert profiles.gradient(point, ones) is None
-    assert math.isnan(profiles.gain(ones))
+    own, means = Profiles().add(Profile(1.0, 2 * ones, ones, 4))
+    good, good_means = Profiles().add(Profile(1.0, ones / 2, ones, 4))
+    scales = ones[None].clone().requires_grad_()
+    assert minus_log_gain(own[None], means[None], scales) is None
+    assert math.isnan(gain(means, ones))
+    mixed = minus_log_gain(torch.stack([own, good]), torch.stack([means, good_means]), scales.repeat(2, 1))
+    alone = minus_log_gain(good[None], good_means[None], scales)
+    assert mixed is not None
+    assert alone is not None
+    torch.testing.assert_close(mixed, alone)
 
 
 def test_a_step_is_judged_by_the_other_batch() -> None:

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from zotuner.pertnn import ARCHITECTURES, FEATURES, HIDDEN, TINY, FeatureSpec, PertNNBank, normalize
 
 BLOCKS = 7
-OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {"abs": torch.abs, "exp": torch.exp}
+OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "abs": torch.abs,
+    "exp": lambda x: 3 ** torch.tanh(x / math.log(3)),
+}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -55,8 +58,15 @@ def test_a_bank_computes_what_separate_nets_compute(architecture: str) -> None:
 
 def test_the_two_architectures_share_the_net_and_differ_in_the_output() -> None:
     a, e, x = filled_bank("abs"), filled_bank("exp"), random(BLOCKS, 5)
-    torch.testing.assert_close(e(x).log().abs(), a(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.atanh(e(x).log() / math.log(3)).abs() * math.log(3), a(x), rtol=1e-4, atol=1e-5)
     assert (e(x) < 1).any()  # some outputs are negative before |.|
+
+
+def test_an_exp_net_gives_a_block_a_third_to_three_times_a_plain_scale() -> None:
+    bank = PertNNBank(2, "exp")
+    with torch.no_grad():
+        bank.b2.copy_(torch.tensor([1e3, -1e3]))
+    assert bank(torch.zeros(2, 5)).tolist() == pytest.approx([3.0, 1 / 3])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -13,7 +13,6 @@ holds what lasts along the trajectory. Source: docs/method.md, "Meta-training".
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -117,47 +116,48 @@ class Profiles:
     """Running means of what points say; each point's gradients count relative to its own energy.
 
     Attributes:
-        means: (3, n) float64: signal, energy, curvature; None before the first point.
+        sums: (3, n) float64: signal, energy, curvature, not yet divided by the weight; None before the first point.
         weight: Sum of the weights of the points in the means, up to 1.
     """
 
-    means: Tensor | None = None
+    sums: Tensor | None = None
     weight: float = 0.0
 
-    def add(self, point: Profile) -> Self:
-        """Takes in a point whose signal is known."""
-        rows = self._row(point)
-        self.means = rows * (1 - MEMORY) if self.means is None else MEMORY * self.means + (1 - MEMORY) * rows
-        self.weight = MEMORY * self.weight + 1 - MEMORY
-        return self
-
-    def gain(self, scales: Tensor) -> float:
-        """A^2 / (2 T B) with the running means, of a point whose energy sums to 1; NaN where that has no sense."""
-        a, t, b = self._sums(scales)
-        return a * a / (2 * t * b) if a > 0 and t > 0 and b > 0 else float("nan")
-
-    def gradient(self, point: Profile, scales: Tensor) -> Tensor | None:
-        """d (log T + log B - 2 log A) / d sigma~ at a point: numerators are the point's, denominators running means.
+    def add(self, point: Profile) -> tuple[Tensor, Tensor]:
+        """Takes in a point whose signal is known.
 
         Returns:
-            (n,) float64; None where the means of A or B are not positive, so that nothing can be said yet.
+            The point's own signal, energy and curvature, and the running means, both (3, n) float64.
         """
-        scales = scales.detach().double()
-        a, t, b = self._sums(scales)
-        if not (a > 0 and b > 0):
-            return None
-        signal, energy, curvature = self._row(point)
-        change: Tensor = 2 * scales * (energy / t + curvature / b - 2 * signal / a)
-        return change
-
-    @staticmethod
-    def _row(point: Profile) -> Tensor:
         assert point.signal is not None, "the first point of a round has no signal"
         whole = point.energy.sum()
-        return torch.stack([point.signal / whole, point.energy / whole, point.curvature])
+        own = torch.stack([point.signal / whole, point.energy / whole, point.curvature])
+        before = torch.zeros_like(own) if self.sums is None else self.sums
+        self.sums = MEMORY * before + (1 - MEMORY) * own
+        self.weight = MEMORY * self.weight + 1 - MEMORY
+        return own, self.sums / self.weight
 
-    def _sums(self, scales: Tensor) -> tuple[float, float, float]:
-        """A, T and B."""
-        assert self.means is not None, "no point was added"
-        a, t, b = ((self.means / self.weight) @ scales.detach().double() ** 2).tolist()
-        return a, t, b
+
+def gain(means: Tensor, scales: Tensor) -> float:
+    """A^2 / (2 T B) with running means (3, n), of a point whose energy sums to 1; NaN where that has no sense."""
+    a, t, b = (means @ scales.detach().double() ** 2).tolist()
+    return a * a / (2 * t * b) if a > 0 and t > 0 and b > 0 else float("nan")
+
+
+def minus_log_gain(
+    own: Tensor,  # (m, 3, n) of m points
+    means: Tensor,  # (m, 3, n) the running means there
+    scales: Tensor,  # (m, n) sigma~, with its graph
+) -> Tensor | None:
+    """A number whose gradient is that of the mean of log T + log B - 2 log A over the points.
+
+    With a point's own numbers above and running means below, it is free of bias where its points are many. None where
+    no point's means of A and B are positive, so that nothing can be said.
+    """
+    squares = scales.double().square()[..., None]
+    above, below = (own @ squares)[..., 0], (means @ squares.detach())[..., 0]
+    usable = (below > 0).all(dim=1)
+    if not bool(usable.any()):
+        return None
+    signs = torch.tensor([-2.0, 1.0, 1.0], dtype=torch.float64)
+    return ((above / below) @ signs)[usable].mean()

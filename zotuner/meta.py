@@ -14,7 +14,7 @@ The other meta-loss, the expected gain of a step, is in `zotuner.expected`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from zotuner.block_types import block_types
 from zotuner.blocks import Block, find_blocks, pieces_of
 from zotuner.config import MetaTrainConfig
-from zotuner.expected import Loss, Profiles, Remembered, profile
+from zotuner.expected import Loss, Profiles, Remembered, gain, minus_log_gain, profile
 from zotuner.gradients import block_dots
 from zotuner.optim.estimators import TwoPoint
 from zotuner.optim.zo_finetuner import features_of
@@ -35,6 +35,8 @@ from zotuner.snapshot import (
     restore_optimizer,
 )
 from zotuner.tuner import Tuner
+
+TOGETHER = 8  # points an outer step of the expected meta-loss
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,27 @@ class _Told:
     start: float | None
 
 
+class _Visited(NamedTuple):
+    """A point whose signal is known.
+
+    Attributes:
+        inputs: (n, 5) what the nets saw.
+        own: (3, n) of `Profiles.add`.
+        means: (3, n) likewise.
+    """
+
+    inputs: Tensor
+    own: Tensor
+    means: Tensor
+
+
 @dataclass(frozen=True)
 class _Found:
     """What a meta-loss says at a point.
 
     Attributes:
         row: Of metrics.
-        gradient: (n,) float64, by each sigma~; None: nothing can be learned here.
+        gradient: (n,) float64, by each sigma~; None: nothing is to be learned by it.
         losses: What the nets are told at the next point; None: as at this.
     """
 
@@ -134,14 +150,10 @@ class MetaTrainer:
         self._tuner, self._config = tuner, config
         self._numels = tuner.numels_for(model, self.blocks)
         self._perturber = Perturber(model, self.blocks)
-        last = [tuner.bank.w2, tuner.bank.b2]
-        others = [p for p in tuner.bank.parameters() if all(p is not q for q in last)]
-        self._outer = torch.optim.AdamW(
-            [{"params": others, "weight_decay": 0.0}, {"params": last, "weight_decay": config.outer_decay}],
-            lr=config.outer_lr,
-        )
+        self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
         self._told: dict[str, _Told] = {}  # of each task
         self._profiles: dict[str, Profiles] = {}  # of each task
+        self._visited: list[_Visited] = []
         self._remembered: dict[str, Remembered] = {}  # of each task, since the model began anew
         self._types = block_types([block.name for block in self.blocks])
 
@@ -180,6 +192,7 @@ class MetaTrainer:
         if self._config.meta_loss == "expected":
             settled = position >= self._config.settle
             found = self._expected(closure, centred if settled else None, examples, scales.detach(), task)
+            self._learn(number)
         else:
             found = self._sampled(closure, other if self._config.second_batch else None, draws, scales.detach())
         if found.gradient is not None:
@@ -222,12 +235,24 @@ class MetaTrainer:
         row["skipped"], losses = 0, (point.loss, point.loss)
         if point.signal is None:
             return _Found(row, None, losses)
-        profiles = self._profiles.setdefault(task, Profiles()).add(point)
-        gradient = profiles.gradient(point, scales)
-        gain, isotropic = profiles.gain(scales), profiles.gain(torch.ones_like(scales))
-        row["meta_loss"] = point.loss - gain * float(point.energy.sum())
-        row["gain"] = gain / isotropic
-        return _Found(row, gradient, losses)
+        own, means = self._profiles.setdefault(task, Profiles()).add(point)
+        self._visited.append(_Visited(self._inputs(task), own, means))
+        reached = gain(means, scales)
+        row["meta_loss"] = point.loss - reached * float(point.energy.sum())
+        row["gain"] = reached / gain(means, torch.ones_like(scales))
+        return _Found(row, None, losses)
+
+    def _learn(self, number: int) -> None:
+        """Outer steps on points visited so far: what they say does not depend on the nets."""
+        random = np.random.default_rng((self._config.seed, number, 3))
+        for _ in range(self._config.outer_steps if self._visited else 0):
+            chosen = [self._visited[i] for i in random.integers(len(self._visited), size=TOGETHER)]
+            inputs, own, means = (torch.stack(parts) for parts in zip(*chosen, strict=True))
+            objective = minus_log_gain(own, means, self._normalized(self._tuner.bank(inputs)))
+            if objective is not None:
+                self._outer.zero_grad()
+                objective.backward()
+                self._outer.step()
 
     def _inner_lr(self, number: int) -> float:
         """The lr of a point's virtual steps, uniform in its logarithm."""
@@ -250,7 +275,9 @@ class MetaTrainer:
         nets = {f"nets.{name}": tensor for name, tensor in self.nets().items()}
         told = {f"told.{task}": told.sigma for task, told in self._told.items()}
         tensors = {**nets, **optimizer_tensors(self._outer, "outer."), **told}
-        tensors |= {f"profiles.{task}": p.means for task, p in self._profiles.items() if p.means is not None}
+        tensors |= {f"profiles.{task}": p.sums for task, p in self._profiles.items() if p.sums is not None}
+        if self._visited:
+            tensors |= {f"visited.{k}": torch.stack(parts) for k, parts in enumerate(zip(*self._visited, strict=True))}
         for task, remembered in self._remembered.items():
             tensors |= {f"remembered.{task}.{k}": remembered.means[piece] for k, (_, piece) in enumerate(self._pieces)}
         numbers = {
@@ -268,11 +295,14 @@ class MetaTrainer:
         self._told = {
             task: _Told((plus, minus), sigmas[task], start) for task, (plus, minus, start) in state["told"].items()
         }
-        means = under("profiles.", tensors)
-        self._profiles = {task: Profiles(means[task], weight) for task, weight in state["profiles"].items()}
+        sums, visited = under("profiles.", tensors), under("visited.", tensors)
+        self._profiles = {task: Profiles(sums[task], weight) for task, weight in state["profiles"].items()}
+        self._visited = [_Visited(*parts) for parts in zip(*(visited[k] for k in sorted(visited)), strict=True)]
         for task, weight in state["remembered"].items():
             kept = under(f"remembered.{task}.", tensors)
-            self._remembered[task] = Remembered({p: kept[str(k)] for k, (_, p) in enumerate(self._pieces)}, weight)
+            # clones lie where torch aligns memory, on which a product's last bits depend; a file's tensors need not
+            means = {piece: kept[str(k)].clone() for k, (_, piece) in enumerate(self._pieces)}
+            self._remembered[task] = Remembered(means, weight)
 
     def nets(self) -> dict[str, Tensor]:
         """A copy of the nets as they are."""
@@ -284,10 +314,16 @@ class MetaTrainer:
 
     def scales(self, task: str) -> tuple[Tensor, Tensor]:
         """(raw sigma, sigma~), both (n,), for the next point of a task, with their graph into the PertNNs."""
+        raw = self._tuner.bank(self._inputs(task))
+        return raw, self._normalized(raw)
+
+    def _inputs(self, task: str) -> Tensor:
+        """(n, 5): what the nets see at the next point of a task."""
         told = self._of(task)
-        features = features_of(self.blocks, told.losses, told.sigma.tolist())
-        raw = self._tuner.bank(self._tuner.spec(features, told.start))
-        return raw, normalize(raw, self._numels) if self._config.normalized else raw.double()
+        return self._tuner.spec(features_of(self.blocks, told.losses, told.sigma.tolist()), told.start)
+
+    def _normalized(self, raw: Tensor) -> Tensor:
+        return normalize(raw, self._numels) if self._config.normalized else raw.double()
 
     def _of(self, task: str) -> _Told:
         return self._told.get(task, _Told((0.0, 0.0), torch.ones(len(self.blocks)), None))

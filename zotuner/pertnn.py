@@ -20,6 +20,7 @@ TRANSFORMS = ("identity", "log", "relative")
 ARCHITECTURES = ("abs", "exp")
 HIDDEN = 64  # units (arXiv:2510.00419)
 LOSS_SCALE = 0.25  # of relative losses: what a run takes off its first loss is a quarter or a half
+LIMIT = math.log(3.0)  # of the logarithm of a scale of "exp" nets, either way
 TINY = 1e-12  # keeps the logarithm of a variance or a scale finite
 
 
@@ -90,8 +91,9 @@ class FeatureSpec:
 class PertNNBank(nn.Module):
     """The PertNNs of all blocks, stacked.
 
-    "abs" is the paper's: sigma = |net(x)|, weights drawn as `nn.Linear` draws them. "exp" is sigma = exp(net(x)) with
-    the last layer 0 at the start: it begins at sigma = 1, which is MeZO, and a step changes sigma by a factor.
+    "abs" is the paper's: sigma = |net(x)|, weights drawn as `nn.Linear` draws them. "exp" is sigma =
+    exp(l tanh(net(x) / l)), l = log 3, with the last layer 0 at the start: it begins at sigma = 1, which is MeZO, a
+    step changes sigma by a factor, and no block has more than 3 or less than 1/3 before the normalisation.
 
     Args:
         blocks: Number of nets, n.
@@ -125,13 +127,14 @@ class PertNNBank(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (m, 5)
+        x: Tensor,  # (m, 5), or (..., blocks, 5)
         nets: Tensor | None = None,  # (m,) which net each row goes to; None: all, in order
-    ) -> Tensor:  # (m,) raw sigma
+    ) -> Tensor:  # (m,) or (..., blocks): raw sigma
         w1, b1, w2, b2 = (p if nets is None else p[nets] for p in (self.w1, self.b1, self.w2, self.b2))
-        hidden = torch.tanh(torch.einsum("nhf,nf->nh", w1, x.to(w1.dtype)) + b1)
-        out = (w2 * hidden).sum(dim=1) + b2
-        return out.abs() if self.architecture == "abs" else out.exp()
+        # elementwise, not as a matrix product, whose last bits depend on where its operands lie in memory
+        hidden = torch.tanh((w1 * x.to(w1.dtype)[..., None, :]).sum(dim=-1) + b1)
+        out = (w2 * hidden).sum(dim=-1) + b2
+        return out.abs() if self.architecture == "abs" else torch.exp(LIMIT * torch.tanh(out / LIMIT))
 
 
 class StaticBank(nn.Module):
@@ -167,12 +170,12 @@ Bank = PertNNBank | StaticBank
 
 
 def normalize(
-    sigma: Tensor,  # (n,) raw scales, not negative
+    sigma: Tensor,  # (..., n) raw scales, not negative
     numels: Tensor,  # (n,) elements a block
-) -> Tensor:  # (n,) float64
+) -> Tensor:  # (..., n) float64
     """sigma~ = sigma sqrt(d / sum_j d_j sigma_j^2): the perturbation keeps MeZO's expected norm (arXiv:2510.00419).
 
     In float64, so that scales of 1 come out as exactly 1.
     """
     sigma, numels = sigma.double(), numels.double()
-    return sigma * torch.sqrt(numels.sum() / (numels * sigma**2).sum())
+    return sigma * torch.sqrt(numels.sum() / (numels * sigma**2).sum(dim=-1, keepdim=True))
