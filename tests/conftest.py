@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # reads this when torch is imported; subprocesses inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Workers of a parallel run are given a terminal's width, at which tables are cut; tests that are about one state it.
+os.environ.pop("COLUMNS", None)
+
 DATA = Path(__file__).parents[1] / "zotuner" / "tasks" / "data"
 VOCABULARY = 400  # 256 bytes, two special tokens, the rest merges
 

@@ -240,39 +240,47 @@ def test_the_expected_meta_losss_gradient_is_that_of_the_gain() -> None:
     random = torch.Generator().manual_seed(3)
     point = Profile(1.0, *torch.rand(2, 5, generator=random, dtype=torch.float64), 4)
     scales = (torch.rand(5, generator=random, dtype=torch.float64) + 0.5).requires_grad_()
-    own, means = Profiles().add(point)
-    torch.testing.assert_close(own, means)
+    profiles = Profiles()
+    own = profiles.add(point)
+    assert torch.equal(own, profiles.means)
     assert point.signal is not None
     a, t, b = (x @ scales**2 for x in (point.signal, point.energy, point.curvature))
     logarithm = torch.log(t) + torch.log(b) - 2 * torch.log(a)
     (wanted,) = torch.autograd.grad(logarithm, scales)
-    found = minus_log_gain(own[None].repeat(2, 1, 1), means[None].repeat(2, 1, 1), scales[None].repeat(2, 1))
+    found = minus_log_gain(own.expand(2, -1, -1), own.expand(2, -1, -1), scales.expand(2, -1))
     assert found is not None
     torch.testing.assert_close(torch.autograd.grad(found, scales)[0], wanted)
-    assert gain(means, scales) == pytest.approx(float((a**2 / (2 * t * b)).detach()) / float(point.energy.sum()))
+    assert gain(own, scales) == pytest.approx(float((a**2 / (2 * t * b)).detach()))
 
 
-def test_running_means_follow_the_points() -> None:
+def test_profiles_are_means_of_points_relative_to_their_energy() -> None:
     profiles, ones = Profiles(), torch.ones(1, dtype=torch.float64)
-    for signal in (0.5, -0.5, 0.25):
-        own, means = profiles.add(Profile(1.0, signal * ones, 2 * ones, 4))
-    assert own[:, 0].tolist() == pytest.approx([0.125, 1.0, 8 - 0.75])
-    weights = torch.tensor([MEMORY**2, MEMORY, 1.0])
-    assert float(means[0, 0]) == pytest.approx(float(weights @ torch.tensor([0.25, -0.25, 0.125]) / weights.sum()))
+    owns = [profiles.add(Profile(1.0, s * ones, t * ones, 4)) for s, t in ((0.5, 2.0), (-0.5, 2.0), (5.0, 20.0))]
+    assert owns[2][:, 0].tolist() == pytest.approx([0.25, 1.0, 4 - 0.75])
+    torch.testing.assert_close(profiles.means, torch.stack(owns).mean(dim=0))
 
 
 def test_points_of_negative_curvature_teach_nothing_yet() -> None:
     ones = torch.ones(3, dtype=torch.float64)
-    own, means = Profiles().add(Profile(1.0, 2 * ones, ones, 4))
-    good, good_means = Profiles().add(Profile(1.0, ones / 2, ones, 4))
+    bad, good = Profiles().add(Profile(1.0, 2 * ones, ones, 4)), Profiles().add(Profile(1.0, ones / 2, ones, 4))
     scales = ones[None].clone().requires_grad_()
-    assert minus_log_gain(own[None], means[None], scales) is None
-    assert math.isnan(gain(means, ones))
-    mixed = minus_log_gain(torch.stack([own, good]), torch.stack([means, good_means]), scales.repeat(2, 1))
-    alone = minus_log_gain(good[None], good_means[None], scales)
+    assert minus_log_gain(bad[None], bad[None], scales) is None
+    assert math.isnan(gain(bad, ones))
+    both = torch.stack([bad, good])
+    mixed, alone = minus_log_gain(both, both, scales.expand(2, -1)), minus_log_gain(good[None], good[None], scales)
     assert mixed is not None
     assert alone is not None
     torch.testing.assert_close(mixed, alone)
+
+
+def test_each_task_has_profiles_of_its_own_before_and_after_it_has_settled() -> None:
+    model = Split()
+    trainer = MetaTrainer(model, Tuner.for_model(model, "exp"), config(meta_loss="expected", settle=2))
+    for position, task in ((0, "one"), (1, "one"), (2, "one"), (3, "one"), (4, "two"), (5, "two"), (6, "one")):
+        visit(trainer, model, number=position, position=position, task=task)
+    counts = {phase: profiles.count for phase, profiles in trainer._profiles.items()}
+    assert counts == {"one settling": 1, "one settled": 2, "two settled": 1}
+    assert [point.phase for point in trainer._visited] == ["one settling", "one settled", "two settled", "one settled"]
 
 
 def test_a_step_is_judged_by_the_other_batch() -> None:

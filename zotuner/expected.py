@@ -21,7 +21,7 @@ from zotuner import noise
 from zotuner.blocks import Block, Piece
 from zotuner.gradients import each_gradient
 
-MEMORY = 0.95  # of all running means over points: they go back some 20
+MEMORY = 0.95  # of the running mean of gradients: it goes back some 20 points
 
 Loss = Callable[[], Tensor]  # differentiable, of one fixed batch
 
@@ -113,46 +113,46 @@ def profile(
 
 @dataclass
 class Profiles:
-    """Running means of what points say; each point's gradients count relative to its own energy.
+    """Means of what points of one task and phase say, each relative to its own energy.
 
     Attributes:
-        sums: (3, n) float64: signal, energy, curvature, not yet divided by the weight; None before the first point.
-        weight: Sum of the weights of the points in the means, up to 1.
+        sums: (3, n) float64: signal, energy and curvature, added up; None before the first point.
+        count: Of points.
     """
 
     sums: Tensor | None = None
-    weight: float = 0.0
+    count: int = 0
 
-    def add(self, point: Profile) -> tuple[Tensor, Tensor]:
-        """Takes in a point whose signal is known.
-
-        Returns:
-            The point's own signal, energy and curvature, and the running means, both (3, n) float64.
-        """
+    def add(self, point: Profile) -> Tensor:
+        """Takes in a point whose signal is known; returns its own (3, n) float64."""
         assert point.signal is not None, "the first point of a round has no signal"
-        whole = point.energy.sum()
-        own = torch.stack([point.signal / whole, point.energy / whole, point.curvature])
-        before = torch.zeros_like(own) if self.sums is None else self.sums
-        self.sums = MEMORY * before + (1 - MEMORY) * own
-        self.weight = MEMORY * self.weight + 1 - MEMORY
-        return own, self.sums / self.weight
+        own = torch.stack([point.signal, point.energy, point.curvature]) / point.energy.sum()
+        self.sums = own if self.sums is None else self.sums + own
+        self.count += 1
+        return own
+
+    @property
+    def means(self) -> Tensor:
+        """(3, n) float64."""
+        assert self.sums is not None, "no point was added"
+        return self.sums / self.count
 
 
 def gain(means: Tensor, scales: Tensor) -> float:
-    """A^2 / (2 T B) with running means (3, n), of a point whose energy sums to 1; NaN where that has no sense."""
+    """A^2 / (2 T B) with means (3, n), in the loss's unit; NaN where that has no sense."""
     a, t, b = (means @ scales.detach().double() ** 2).tolist()
     return a * a / (2 * t * b) if a > 0 and t > 0 and b > 0 else float("nan")
 
 
 def minus_log_gain(
     own: Tensor,  # (m, 3, n) of m points
-    means: Tensor,  # (m, 3, n) the running means there
+    means: Tensor,  # (m, 3, n) of their tasks and phases
     scales: Tensor,  # (m, n) sigma~, with its graph
 ) -> Tensor | None:
     """A number whose gradient is that of the mean of log T + log B - 2 log A over the points.
 
-    With a point's own numbers above and running means below, it is free of bias where its points are many. None where
-    no point's means of A and B are positive, so that nothing can be said.
+    With a point's own numbers above and means below, it is free of bias where points are many. None where no point's
+    means of A and B are positive, so that nothing can be said.
     """
     squares = scales.double().square()[..., None]
     above, below = (own @ squares)[..., 0], (means @ squares.detach())[..., 0]

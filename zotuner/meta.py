@@ -82,12 +82,12 @@ class _Visited(NamedTuple):
     Attributes:
         inputs: (n, 5) what the nets saw.
         own: (3, n) of `Profiles.add`.
-        means: (3, n) likewise.
+        phase: Which profiles it belongs to.
     """
 
     inputs: Tensor
     own: Tensor
-    means: Tensor
+    phase: str
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class MetaTrainer:
         self._perturber = Perturber(model, self.blocks)
         self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
         self._told: dict[str, _Told] = {}  # of each task
-        self._profiles: dict[str, Profiles] = {}  # of each task
+        self._profiles: dict[str, Profiles] = {}  # of each task, before and after it has settled
         self._visited: list[_Visited] = []
         self._remembered: dict[str, Remembered] = {}  # of each task, since the model began anew
         self._types = block_types([block.name for block in self.blocks])
@@ -190,8 +190,9 @@ class MetaTrainer:
         raw, scales = self.scales(task)
         draws = [Draw(self._config.noise, self._config.seed, number, k) for k in range(self._config.draws)]
         if self._config.meta_loss == "expected":
-            settled = position >= self._config.settle
-            found = self._expected(closure, centred if settled else None, examples, scales.detach(), task)
+            phase = "settled" if position >= self._config.settle else "settling"
+            centred = centred if phase == "settled" else None
+            found = self._expected(closure, centred, examples, scales.detach(), task, f"{task} {phase}")
             self._learn(number)
         else:
             found = self._sampled(closure, other if self._config.second_batch else None, draws, scales.detach())
@@ -224,7 +225,9 @@ class MetaTrainer:
         losses = (_mean([step.losses[0] for step in usable]), _mean([step.losses[1] for step in usable]))
         return _Found(row, torch.stack([step.gradient for step in usable]).mean(dim=0), losses)
 
-    def _expected(self, closure: Loss, centred: Loss | None, examples: int, scales: Tensor, task: str) -> _Found:
+    def _expected(
+        self, closure: Loss, centred: Loss | None, examples: int, scales: Tensor, task: str, phase: str
+    ) -> _Found:
         """The loss after a step at its best lr, averaged over noise; the losses told are that of the point."""
         remembered = self._remembered.setdefault(task, Remembered())
         point = profile(self.blocks, closure, centred, remembered, examples=examples)
@@ -235,11 +238,11 @@ class MetaTrainer:
         row["skipped"], losses = 0, (point.loss, point.loss)
         if point.signal is None:
             return _Found(row, None, losses)
-        own, means = self._profiles.setdefault(task, Profiles()).add(point)
-        self._visited.append(_Visited(self._inputs(task), own, means))
-        reached = gain(means, scales)
-        row["meta_loss"] = point.loss - reached * float(point.energy.sum())
-        row["gain"] = reached / gain(means, torch.ones_like(scales))
+        profiles = self._profiles.setdefault(phase, Profiles())
+        self._visited.append(_Visited(self._inputs(task), profiles.add(point), phase))
+        reached = gain(profiles.means, scales)
+        row["meta_loss"] = point.loss - reached
+        row["gain"] = reached / gain(profiles.means, torch.ones_like(scales))
         return _Found(row, None, losses)
 
     def _learn(self, number: int) -> None:
@@ -247,7 +250,8 @@ class MetaTrainer:
         random = np.random.default_rng((self._config.seed, number, 3))
         for _ in range(self._config.outer_steps if self._visited else 0):
             chosen = [self._visited[i] for i in random.integers(len(self._visited), size=TOGETHER)]
-            inputs, own, means = (torch.stack(parts) for parts in zip(*chosen, strict=True))
+            inputs, own = torch.stack([x.inputs for x in chosen]), torch.stack([x.own for x in chosen])
+            means = torch.stack([self._profiles[x.phase].means for x in chosen])
             objective = minus_log_gain(own, means, self._normalized(self._tuner.bank(inputs)))
             if objective is not None:
                 self._outer.zero_grad()
@@ -275,14 +279,16 @@ class MetaTrainer:
         nets = {f"nets.{name}": tensor for name, tensor in self.nets().items()}
         told = {f"told.{task}": told.sigma for task, told in self._told.items()}
         tensors = {**nets, **optimizer_tensors(self._outer, "outer."), **told}
-        tensors |= {f"profiles.{task}": p.sums for task, p in self._profiles.items() if p.sums is not None}
+        tensors |= {f"profiles.{phase}": p.sums for phase, p in self._profiles.items() if p.sums is not None}
         if self._visited:
-            tensors |= {f"visited.{k}": torch.stack(parts) for k, parts in enumerate(zip(*self._visited, strict=True))}
+            tensors["visited.inputs"] = torch.stack([x.inputs for x in self._visited])
+            tensors["visited.own"] = torch.stack([x.own for x in self._visited])
         for task, remembered in self._remembered.items():
             tensors |= {f"remembered.{task}.{k}": remembered.means[piece] for k, (_, piece) in enumerate(self._pieces)}
         numbers = {
             "told": {task: [*told.losses, told.start] for task, told in self._told.items()},
-            "profiles": {task: p.weight for task, p in self._profiles.items()},
+            "profiles": {phase: p.count for phase, p in self._profiles.items()},
+            "visited": [x.phase for x in self._visited],
             "remembered": {task: r.weight for task, r in self._remembered.items()},
         }
         return tensors, {"outer": optimizer_groups(self._outer), **numbers}
@@ -296,8 +302,10 @@ class MetaTrainer:
             task: _Told((plus, minus), sigmas[task], start) for task, (plus, minus, start) in state["told"].items()
         }
         sums, visited = under("profiles.", tensors), under("visited.", tensors)
-        self._profiles = {task: Profiles(sums[task], weight) for task, weight in state["profiles"].items()}
-        self._visited = [_Visited(*parts) for parts in zip(*(visited[k] for k in sorted(visited)), strict=True)]
+        self._profiles = {phase: Profiles(sums[phase], count) for phase, count in state["profiles"].items()}
+        self._visited = [
+            _Visited(visited["inputs"][k], visited["own"][k], phase) for k, phase in enumerate(state["visited"])
+        ]
         for task, weight in state["remembered"].items():
             kept = under(f"remembered.{task}.", tensors)
             # clones lie where torch aligns memory, on which a product's last bits depend; a file's tensors need not
