@@ -17,7 +17,7 @@ import numpy as np
 import zotuner
 from zotuner.block_types import layer_of
 from zotuner.blocks import find_blocks
-from zotuner.expected import MEMORY, Remembered
+from zotuner.expected import Remembered
 from zotuner.objective import objective_for
 from zotuner.tasks import Example, batches, get_task
 from zotuner.trajectory import first_order
@@ -66,7 +66,7 @@ def main() -> None:
                 gradient = piece.of(piece.param.grad)
                 signal[step, number] += remembered.meet(piece, gradient)
                 energy[step, number] += float(gradient.square().sum())
-        remembered.weight = MEMORY * remembered.weight + 1 - MEMORY
+        remembered.pass_on()
         optimizer.step()
         optimizer.zero_grad()
     half = slice(given.steps // 2, None)

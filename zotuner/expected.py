@@ -76,6 +76,10 @@ class Remembered:
         mean.mul_(MEMORY).add_(gradient, alpha=1 - MEMORY)
         return product
 
+    def pass_on(self) -> None:
+        """The point is over: all its pieces were met."""
+        self.weight = MEMORY * self.weight + 1 - MEMORY
+
 
 def profile(
     blocks: Sequence[Block], loss: Loss, centred: Loss | None, remembered: Remembered, *, examples: int
@@ -107,7 +111,7 @@ def profile(
             with each_gradient(blocks, lasting):
                 centred().backward()
     known = signal if remembered.weight else None
-    remembered.weight = MEMORY * remembered.weight + 1 - MEMORY
+    remembered.pass_on()
     return Profile(float(value.detach()), known, energy, examples)
 
 

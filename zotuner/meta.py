@@ -188,27 +188,30 @@ class MetaTrainer:
         if position in (0, self._config.settle):
             self._remembered.clear()
         raw, scales = self.scales(task)
-        draws = [Draw(self._config.noise, self._config.seed, number, k) for k in range(self._config.draws)]
         if self._config.meta_loss == "expected":
             phase = "settled" if position >= self._config.settle else "settling"
             centred = centred if phase == "settled" else None
             found = self._expected(closure, centred, examples, scales.detach(), task, f"{task} {phase}")
             self._learn(number)
         else:
-            found = self._sampled(closure, other if self._config.second_batch else None, draws, scales.detach())
+            found = self._sampled(closure, other if self._config.second_batch else None, number, scales.detach())
         if found.gradient is not None:
-            self._outer.zero_grad()
-            (scales * found.gradient).sum().backward()
-            self._outer.step()
+            self._descend((scales * found.gradient).sum())
         if found.losses is not None:
             start = self._of(task).start
             start = sum(found.losses) / 2 if start is None else start
             self._told[task] = _Told(found.losses, raw.detach(), start)
         return found.row | self._spread(scales.detach())
 
-    def _sampled(self, closure: Loss, judge: Loss | None, draws: Sequence[Draw], scales: Tensor) -> _Found:
+    def _descend(self, objective: Tensor) -> None:
+        self._outer.zero_grad()
+        objective.backward()
+        self._outer.step()
+
+    def _sampled(self, closure: Loss, judge: Loss | None, number: int, scales: Tensor) -> _Found:
         """The loss after a virtual step, averaged over draws."""
-        lr = self._inner_lr(draws[0].step)
+        lr = self._inner_lr(number)
+        draws = [Draw(self._config.noise, self._config.seed, number, k) for k in range(self._config.draws)]
         steps = [
             virtual_step(self._perturber, self.blocks, closure, draw, scales, eps=self._config.eps, lr=lr, judge=judge)
             for draw in draws
@@ -248,15 +251,14 @@ class MetaTrainer:
     def _learn(self, number: int) -> None:
         """Outer steps on points visited so far: what they say does not depend on the nets."""
         random = np.random.default_rng((self._config.seed, number, 3))
+        of_phase = {phase: profiles.means for phase, profiles in self._profiles.items()}
         for _ in range(self._config.outer_steps if self._visited else 0):
             chosen = [self._visited[i] for i in random.integers(len(self._visited), size=TOGETHER)]
             inputs, own = torch.stack([x.inputs for x in chosen]), torch.stack([x.own for x in chosen])
-            means = torch.stack([self._profiles[x.phase].means for x in chosen])
+            means = torch.stack([of_phase[x.phase] for x in chosen])
             objective = minus_log_gain(own, means, self._normalized(self._tuner.bank(inputs)))
             if objective is not None:
-                self._outer.zero_grad()
-                objective.backward()
-                self._outer.step()
+                self._descend(objective)
 
     def _inner_lr(self, number: int) -> float:
         """The lr of a point's virtual steps, uniform in its logarithm."""

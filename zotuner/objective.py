@@ -51,6 +51,10 @@ class Objective:
         static: Pad to one of a few lengths, for compiled code, which serves one shape each.
         kind: Of the model; a masked one always classifies.
         special_tokens: Whether the tokenizer adds its special tokens; not where prompts have them already.
+
+    Attributes:
+        task: As given.
+        classifies: Whether the loss is a cross-entropy over the candidates.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class Objective:
         special_tokens: bool = True,
     ) -> None:
         self.task = task
-        self._classifies = kind == "masked" or task.loss == "classification"
+        self.classifies = kind == "masked" or task.loss == "classification"
         self._generator: Generator | None = None
         self._scorer: Any  # of one face: CausalScorer or MaskedScorer
         if kind == "masked":
@@ -96,7 +100,7 @@ class Objective:
 
     @property
     def _trains_on_right_only(self) -> bool:
-        return not self._classifies
+        return not self.classifies
 
     def training_batch(self, examples: Sequence[Example]) -> Any:
         """A batch with what the loss needs, and no more."""
@@ -122,7 +126,7 @@ class Objective:
 
     def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The loss of each example, (examples,) float32, from `scores`."""
-        if self._classifies:
+        if self.classifies:
             return torch.nn.functional.cross_entropy(scores, labels.to(scores.device), reduction="none")
         return -scores.gather(1, labels.to(scores.device)[:, None])[:, 0]
 
@@ -141,11 +145,6 @@ class Objective:
         tables = self._scorer.scores(model, batch, branches)
         means = torch.stack([self.losses(table, batch.labels).mean() for table in tables])
         return means if branches > 1 else means[0]
-
-    @property
-    def classifies(self) -> bool:
-        """Whether the loss is a cross-entropy over the candidates."""
-        return self._classifies
 
     def centred_loss(self, model: Any, batch: Any) -> Tensor:
         """The mean loss of a batch, 0-d, with each candidate's scores less their mean over the batch.
