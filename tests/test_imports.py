@@ -21,6 +21,8 @@ LAYERS = [
         "training",
         "finetune",
         "replay",
+        "visit",
+        "sampled",
         "expected",
         "meta",
         "validation",

@@ -15,14 +15,16 @@ from zotuner import noise
 from zotuner.blocks import find_blocks, moments
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
-from zotuner.expected import MEMORY, Loss, Profile, Profiles, Remembered, gain, minus_log_gain, profile
+from zotuner.expected import MEMORY, Expected, Profile, Profiles, Remembered, gain, minus_log_gain, profile
 from zotuner.gradients import block_dots
-from zotuner.meta import MetaTrainer, virtual_step
+from zotuner.meta import MetaTrainer
 from zotuner.pertnn import FeatureSpec, normalize
 from zotuner.perturb import Draw, Perturber
+from zotuner.sampled import Sampled, virtual_step
 from zotuner.tasks import Example
-from zotuner.trajectory import Recorded, Walk
+from zotuner.trajectory import Point, Recorded, Walk
 from zotuner.tuner import Tuner
+from zotuner.visit import Loss, Visit
 
 LR, EPS = 0.05, 1e-3
 
@@ -61,9 +63,12 @@ def never() -> Tensor:
     raise AssertionError("a second batch was asked for")
 
 
-def visit(trainer: MetaTrainer, closure: Loss, **options: Any) -> dict[str, Any]:
-    stated = {"other": never, "centred": None, "examples": 4, "number": 0, "position": 0, "task": "t"}
-    return trainer.update(closure, **stated | options)
+def visit(
+    trainer: MetaTrainer, loss: Loss, *, other: Loss = never, centred: Loss | None = None, **options: Any
+) -> dict[str, Any]:
+    batch = (Example("a", ("b", "c"), 0),) * 4
+    point = Point(**{"number": 0, "position": 0, "task": "t", "examples": batch, "others": batch} | options)
+    return trainer.update(Visit(point, loss, other, centred))
 
 
 def trained_bank(tuner: Tuner) -> None:
@@ -196,7 +201,7 @@ def test_meta_training_finds_the_block_that_pays(meta_loss: str, draws: int) -> 
     for number in range(31):
         closure = partial(model.wavering, (1, 1, -1, -1)[number % 4]) if meta_loss == "expected" else model
         rows.append(visit(trainer, closure, number=number, position=number))
-    sigma = trainer.scales("t")[1].detach()
+    sigma = trainer.scales("t").detach()
     assert float(sigma[0]) > 1.15
     assert float(sigma[1]) < 0.85
     assert rows[-1]["meta_loss"] < rows[-1]["loss"]
@@ -278,9 +283,11 @@ def test_each_task_has_profiles_of_its_own_before_and_after_it_has_settled() -> 
     trainer = MetaTrainer(model, Tuner.for_model(model, "exp"), config(meta_loss="expected", settle=2))
     for position, task in ((0, "one"), (1, "one"), (2, "one"), (3, "one"), (4, "two"), (5, "two"), (6, "one")):
         visit(trainer, model, number=position, position=position, task=task)
-    counts = {phase: profiles.count for phase, profiles in trainer._profiles.items()}
+    expected = trainer._meta_loss
+    assert isinstance(expected, Expected)
+    counts = {phase: profiles.count for phase, profiles in expected._profiles.items()}
     assert counts == {"one settling": 1, "one settled": 2, "two settled": 1}
-    assert [point.phase for point in trainer._visited] == ["one settling", "one settled", "two settled", "one settled"]
+    assert [point.phase for point in expected._visited] == ["one settling", "one settled", "two settled", "one settled"]
 
 
 def test_a_step_is_judged_by_the_other_batch() -> None:
@@ -348,14 +355,13 @@ def test_nets_are_told_of_the_last_point_of_the_same_task() -> None:
 
 def test_the_virtual_steps_lr_is_drawn_from_its_range() -> None:
     model = Split()
-    trainer = MetaTrainer(model, Tuner.for_model(model, "exp"), config(inner_lr=1.0, inner_lr_range=10.0))
-    drawn = [trainer._inner_lr(number) for number in range(200)]
-    assert drawn == [trainer._inner_lr(number) for number in range(200)]
+    sampled = Sampled(model, find_blocks(model), config(inner_lr=1.0, inner_lr_range=10.0))
+    drawn = [sampled.inner_lr(number) for number in range(200)]
+    assert drawn == [sampled.inner_lr(number) for number in range(200)]
     assert 0.1 <= min(drawn) < 0.12
     assert 8.0 < max(drawn) <= 10.0
     assert 0.7 < torch.tensor(drawn).median() < 1.4
-    fixed = MetaTrainer(model, Tuner.for_model(model, "exp"), config(inner_lr=0.5))
-    assert fixed._inner_lr(3) == 0.5
+    assert Sampled(model, find_blocks(model), config(inner_lr=0.5)).inner_lr(3) == 0.5
 
 
 # Trajectories

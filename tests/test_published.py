@@ -658,7 +658,7 @@ def test_the_optimizer_and_meta_training_keep_one_budget(rows: int | None) -> No
     tuner = Tuner.for_model(model, "abs", seed=3, embedding_rows=rows)
     opt = ZOFineTuner(model, tuner, lr=0.0)
     trainer = MetaTrainer(model, tuner, MetaTrainConfig(model="m", out=Path("o")))
-    raw, scales = (x.detach() for x in trainer.scales("copa"))
+    scales = trainer.scales("copa").detach()
     opt.step(closure(model))
     assert opt.last is not None
     assert opt.last.scales is not None
@@ -667,7 +667,6 @@ def test_the_optimizer_and_meta_training_keep_one_budget(rows: int | None) -> No
     if rows:
         d[0] = rows * 16
     assert float((d * scales**2).sum()) == pytest.approx(float(d.sum()), rel=1e-12)
-    torch.testing.assert_close(scales / scales[0], raw.double() / raw[0].double())
 
 
 def test_the_budget_changes_the_step_by_one_factor() -> None:

@@ -11,19 +11,24 @@ best lr it gains A^2 / (2 T B). Points have batches of their own, so that S is f
 holds what lasts along the trajectory. Source: docs/method.md, "Meta-training".
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zotuner import noise
-from zotuner.blocks import Block, Piece
+from zotuner.blocks import Block, Piece, pieces_of
+from zotuner.config import MetaTrainConfig
 from zotuner.gradients import each_gradient
+from zotuner.snapshot import under
+from zotuner.visit import Found, Loss, ScalesOf, Visit
 
 MEMORY = 0.95  # of the running mean of gradients: it goes back some 20 points
-
-Loss = Callable[[], Tensor]  # differentiable, of one fixed batch
+TOGETHER = 8  # points an outer step
 
 
 @dataclass(frozen=True)
@@ -165,3 +170,97 @@ def minus_log_gain(
         return None
     signs = torch.tensor([-2.0, 1.0, 1.0], dtype=torch.float64)
     return ((above / below) @ signs)[usable].mean()
+
+
+class _Visited(NamedTuple):
+    """A point whose signal is known.
+
+    Attributes:
+        inputs: (n, 5) what the nets saw.
+        own: (3, n) of `Profiles.add`.
+        phase: Which profiles it belongs to.
+    """
+
+    inputs: Tensor
+    own: Tensor
+    phase: str
+
+
+class Expected:
+    """The meta-loss: that after a step at its best lr, averaged over noise.
+
+    Args:
+        blocks: Of the model.
+        config: When a round has settled, outer steps a point, the seed.
+    """
+
+    def __init__(self, blocks: Sequence[Block], config: MetaTrainConfig) -> None:
+        self._blocks, self._config = blocks, config
+        self._pieces = list(pieces_of(blocks))
+        self._profiles: dict[str, Profiles] = {}  # of each task, before and after it has settled
+        self._visited: list[_Visited] = []
+        self._remembered: dict[str, Remembered] = {}  # of each task, since the round began or settled
+
+    def visit(self, visit: Visit, inputs: Tensor, scales: Tensor) -> Found:
+        """Measures signal, energy and curvature; the losses that the nets are told are that of the point."""
+        at, settled = visit.point, visit.point.position >= self._config.settle
+        if at.position in (0, self._config.settle):
+            self._remembered.clear()
+        remembered = self._remembered.setdefault(at.task, Remembered())
+        centred = visit.centred if settled else None
+        point = profile(self._blocks, visit.loss, centred, remembered, examples=len(at.examples))
+        row: dict[str, Any] = {"loss": point.loss, "meta_loss": math.nan, "coefficients": [], "gain": math.nan}
+        if not point.finite:
+            del self._remembered[at.task]  # it met a gradient that is not
+            return Found(row | {"skipped": self._config.draws}, None)
+        row["skipped"] = 0
+        if point.signal is not None:
+            phase = f"{at.task} {'settled' if settled else 'settling'}"
+            profiles = self._profiles.setdefault(phase, Profiles())
+            self._visited.append(_Visited(inputs, profiles.add(point), phase))
+            reached = gain(profiles.means, scales)
+            row |= {
+                "meta_loss": point.loss - reached,
+                "gain": reached / gain(profiles.means, torch.ones_like(scales)),
+            }
+        return Found(row, (point.loss, point.loss))
+
+    def objectives(self, number: int, scales_of: ScalesOf) -> Iterator[Tensor]:
+        """Of points drawn from all so far: what they say does not depend on the nets."""
+        if not self._visited:
+            return
+        random = np.random.default_rng((self._config.seed, number, 3))
+        of_phase = {phase: profiles.means for phase, profiles in self._profiles.items()}
+        for _ in range(self._config.outer_steps):
+            chosen = [self._visited[i] for i in random.integers(len(self._visited), size=TOGETHER)]
+            own, means = torch.stack([x.own for x in chosen]), torch.stack([of_phase[x.phase] for x in chosen])
+            objective = minus_log_gain(own, means, scales_of(torch.stack([x.inputs for x in chosen])))
+            if objective is not None:
+                yield objective
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All points so far, their means, and the running means of gradients."""
+        tensors = {f"profiles.{phase}": p.sums for phase, p in self._profiles.items() if p.sums is not None}
+        if self._visited:
+            tensors["visited.inputs"] = torch.stack([x.inputs for x in self._visited])
+            tensors["visited.own"] = torch.stack([x.own for x in self._visited])
+        for task, remembered in self._remembered.items():
+            tensors |= {f"remembered.{task}.{k}": remembered.means[piece] for k, (_, piece) in enumerate(self._pieces)}
+        return tensors, {
+            "profiles": {phase: p.count for phase, p in self._profiles.items()},
+            "visited": [x.phase for x in self._visited],
+            "remembered": {task: r.weight for task, r in self._remembered.items()},
+        }
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        sums, visited = under("profiles.", tensors), under("visited.", tensors)
+        self._profiles = {phase: Profiles(sums[phase], count) for phase, count in state["profiles"].items()}
+        self._visited = [
+            _Visited(visited["inputs"][k], visited["own"][k], phase) for k, phase in enumerate(state["visited"])
+        ]
+        for task, weight in state["remembered"].items():
+            kept = under(f"remembered.{task}.", tensors)
+            # clones lie where torch aligns memory, on which a product's last bits depend; a file's tensors need not
+            means = {piece: kept[str(k)].clone() for k, (_, piece) in enumerate(self._pieces)}
+            self._remembered[task] = Remembered(means, weight)

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from zotuner.adapters import adapted, adapter_of
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
-from zotuner.expected import Loss
 from zotuner.files import check_out, claim_out, locked
-from zotuner.meta import MetaTrainer, under
+from zotuner.meta import MetaTrainer
 from zotuner.metrics import MetricsLog, keep_rows, write_json
 from zotuner.models import kind_of, known_as, load_model, weights_sha256
 from zotuner.objective import Objective, objective_for
 from zotuner.progress import Display, peak_rss_bytes
 from zotuner.signals import Requests
-from zotuner.snapshot import drop_all, drop_unfinished, latest, take
+from zotuner.snapshot import drop_all, drop_unfinished, latest, take, under
 from zotuner.tasks import Example, Splits, digest, get_task
 from zotuner.trajectory import START, Point, Recorded, Walk
 from zotuner.tuner import Tuner
 from zotuner.validation import Validation
+from zotuner.visit import Loss, Visit
 
 METRICS, SUMMARY, TRAJECTORY = "metrics.jsonl", "summary.json", "trajectory"
 # What a run is told that does not change the tuner, and so is none of its card's business
@@ -224,14 +224,9 @@ class _Walked:
         def of(loss: Callable[[Any, Any], Tensor], examples: Sequence[Example]) -> Loss:
             return lambda: loss(self._model, objective.training_batch(examples))
 
+        centred = of(objective.centred_loss, point.examples) if objective.classifies else None
         return self._trainer.update(
-            of(objective.loss, point.examples),
-            other=of(objective.loss, point.others),
-            centred=of(objective.centred_loss, point.examples) if objective.classifies else None,
-            examples=len(point.examples),
-            number=point.number,
-            position=point.position,
-            task=point.task,
+            Visit(point, of(objective.loss, point.examples), of(objective.loss, point.others), centred)
         )
 
     def kept(self) -> dict[str, Any]:

@@ -127,3 +127,8 @@ def restore_optimizer(
     own = optimizer.state_dict()["param_groups"]
     merged = [{**mine, **taken} for mine, taken in zip(own, groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
