@@ -64,7 +64,7 @@ def main() -> None:
     whole, both, norm = dots(mean, mean), sum(dots(mean, prior).values()), sum(dots(prior, prior).values())
     beside = {name: mean[name] - both / norm * prior[name] for name in params}
     left = dots(beside, beside)
-    print(f"dev {evaluate(model, objective, splits.dev)}")
+    print(f"dev {evaluate(model, objective, splits.dev).figures}")
     share = both**2 / norm / sum(whole.values())
     print(f"along the difference of candidates: mean gradient {share:.3f}, batches {along:.3f}")
     print(f"{'type':28}{'signal':>10}{'energy':>10}{'beside':>10}{'its noise at most':>20}")

@@ -68,7 +68,7 @@ def main() -> None:
         dev = []
         for step, examples in zip(range(given.steps + 1), batches(splits.train, BATCH, SEED), strict=False):
             if step % (given.steps // 2) == 0:
-                dev.append(round(evaluate(model, objective, splits.dev, answers=False)["loss"], 4))
+                dev.append(round(evaluate(model, objective, splits.dev, answers=False).figures["loss"], 4))
             if given.schedule == "linear":
                 opt.param_groups[0]["lr"] = float(lr) * (1 - step / given.steps)
             batch = objective.training_batch(examples)

@@ -19,6 +19,7 @@ import zotuner
 from zotuner.blocks import find_blocks
 from zotuner.cli import main
 from zotuner.config import DEFAULT_LR, FinetuneConfig, MetaTrainConfig
+from zotuner.evaluate import Evaluation
 from zotuner.ledger import read_ledger
 from zotuner.metrics import read_rows
 from zotuner.models import load_model, weights_sha256
@@ -134,7 +135,7 @@ def quick_meta(model: Path, out: Path, /, **options: Any) -> Options:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_directory_holds_its_files_and_no_leftovers(runs: dict[str, Path], method: str) -> None:
     names = {path.name for path in runs[method].iterdir()}
-    expected = {"config.yaml", "summary.json", "model"}
+    expected = {"config.yaml", "predictions.jsonl", "summary.json", "model"}
     if method != "none":
         expected |= {"metrics.jsonl", "evals.jsonl"}
     if method in ZEROTH_ORDER:
@@ -142,6 +143,14 @@ def test_a_run_directory_holds_its_files_and_no_leftovers(runs: dict[str, Path],
     if method == "zo-finetuner":
         expected |= {"scales.jsonl"}
     assert names - {"metrics.jsonl"} == expected - {"metrics.jsonl"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_predictions_are_those_of_the_final_model(runs: dict[str, Path], method: str) -> None:
+    rows, summary = read_rows(runs[method] / "predictions.jsonl"), summary_of(runs[method])
+    assert len(rows) == summary["examples"]["test"]
+    assert all(isinstance(row["answer"], str) and row["answer"] for row in rows)
+    assert sum(row["loss"] for row in rows) / len(rows) == pytest.approx(summary["final"]["loss"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -816,10 +825,11 @@ def test_a_diverged_evaluation_does_not_keep_its_place_as_the_best(
 
     original, calls = finetune.evaluate, 0
 
-    def evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(*args: Any, **kwargs: Any) -> Evaluation:
         nonlocal calls
         calls += 1
-        return {"loss": float("nan"), "accuracy": 0.5} if calls == 3 else original(*args, **kwargs)
+        nan = float("nan")
+        return Evaluation({"loss": nan, "accuracy": 0.5}, (nan,), ("",)) if calls == 3 else original(*args, **kwargs)
 
     monkeypatch.setattr(finetune, "evaluate", evaluate)  # calls: zero-shot, dev at 0, dev after step 1, ...
     out = tmp_path / "run"

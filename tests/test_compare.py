@@ -280,15 +280,37 @@ def test_the_figures_of_the_table_are_those_computed_by_hand(compared: Any) -> N
     assert (fzoo.peak_bytes, fzoo.seconds) == (2 << 30, 30.5)
     spec = results.spec
     assert headings(spec, results.rows) == [
-        *("method", "lr", "seeds", "dev loss", "test loss", "accuracy", "to mezo's", "GiB", "sec")
+        *("method", "lr", "seeds", "dev loss", "test loss", "- mezo's", "accuracy", "to mezo's", "GiB", "sec")
     ]
-    assert cells(spec, fzoo, 9) == [
-        *("fzoo", "0.004 (edge)", "2/2", "0.5000 ± 0.0000", "0.4000 ± 0.0000"),
+    assert cells(spec, fzoo, 10) == [
+        *("fzoo", "0.004 (edge)", "2/2", "0.5000 ± 0.0000", "0.4000 ± 0.0000", ""),
         *("0.750 ± 0.000 (0.044)", "0.35", "2.00", "30"),
     ]
     (standing,) = results.standings
-    assert (standing.tasks, standing.loss_wins, standing.metric_wins) == (1, 1, 1)
+    assert (standing.tasks, standing.dev_wins, standing.loss_wins, standing.metric_wins) == (1, 1, 1, 1)
     assert (standing.speedup, standing.at_most) == (pytest.approx(1 / 0.35), False)
+
+
+def test_losses_have_errors_and_are_compared_example_by_example(compared: Any) -> None:
+    theirs = {0: [1.0, 2.0, 6.0], 1: [2.0, 2.0, 2.0]}
+    ours = {0: [0.5, 1.5, 5.8], 1: [1.0, 2.0, 3.0]}
+    for run in compared[1]:
+        if run.lr in (2e-5, 4e-3):
+            losses = (theirs if run.method == "mezo" else ours)[run.seed]
+            (run.folder / "predictions.jsonl").write_text("".join(json.dumps({"loss": x}) + "\n" for x in losses))
+            rows = read_rows(run.folder / "evals.jsonl")
+            text = "".join(json.dumps({**row, "loss_error": row["step"] / 1000}) + "\n" for row in rows)
+            (run.folder / "evals.jsonl").write_text(text)
+    results = results_of(compared)
+    mezo, fzoo = results.rows
+    assert mezo.gap is None
+    # differences 0: -0.5, -0.5, -0.2; 1: -1, 0, 1
+    assert fzoo.gap.mean == pytest.approx((-0.4 + 0.0) / 2)
+    assert fzoo.gap.error == pytest.approx((0.1 + 3**-0.5) / 2)
+    assert mezo.test.error == pytest.approx(((7 / 3) ** 0.5 + 0.0) / 2)
+    best = [point.step for status in results.statuses if status.planned.lr == 4e-3 for point in status.curve[1:2]]
+    assert fzoo.dev.error == pytest.approx(best[0] / 1000)
+    assert f"(0.{1000 * (0.1 + 3**-0.5) / 2 / 100:.0f}"[:4] in cells(results.spec, fzoo, 10)[5]
 
 
 def test_the_speed_up_is_a_geometric_mean_over_tasks_and_a_bound_where_a_run_never_came_there(tmp_path: Path) -> None:
@@ -305,7 +327,7 @@ def test_the_speed_up_is_a_geometric_mean_over_tasks_and_a_bound_where_a_run_nev
     results = collect(Comparison.read(file), runs)
     never = results.rows[3]
     assert (never.reach.share, never.reach.at_least) == (1.0, True)
-    assert cells(results.spec, never, 9)[6] == ">1"
+    assert cells(results.spec, never, 10)[7] == ">1"
     (standing,) = results.standings
     assert (standing.speedup, standing.at_most) == (pytest.approx((4 * 1) ** 0.5), True)
     assert (standing.loss_wins, standing.metric_wins) == (0, 0)  # equal on test

@@ -164,11 +164,11 @@ def test_a_model_without_keys_and_values_computes_the_prefix_with_every_example(
 def test_a_reward_of_candidates_is_the_negative_share_of_right_ones(tokenizer: Any) -> None:
     model, examples = llama(), closed_examples()
     objective = objective_for(Closed(), model, tokenizer, reward="accuracy")
-    came = evaluate(model, Objective(Closed(), tokenizer), examples)
+    came = evaluate(model, Objective(Closed(), tokenizer), examples).figures
     with torch.no_grad():
         batches = objective.training_batches(examples, 2)
         assert float(objective.mean_loss(model, batches)) == pytest.approx(-came["accuracy"])
-    rewarded = evaluate(model, objective, examples)
+    rewarded = evaluate(model, objective, examples).figures
     assert rewarded["loss"] == pytest.approx(-came["accuracy"])
     assert rewarded["accuracy"] == came["accuracy"]
 
@@ -206,8 +206,8 @@ def test_a_set_metric_is_no_reward(tokenizer: Any) -> None:
 
 def test_generated_answers_can_be_left_out_of_an_evaluation(tokenizer: Any) -> None:
     model, objective = llama(), Objective(Free(), tokenizer)
-    assert evaluate(model, objective, free_examples(), answers=False).keys() == {"loss"}
-    assert evaluate(model, objective, free_examples()).keys() == {"loss", "em"}
+    assert evaluate(model, objective, free_examples(), answers=False).figures.keys() == {"loss"}
+    assert evaluate(model, objective, free_examples()).figures.keys() == {"loss", "em"}
 
 
 def test_a_reward_needs_a_method_without_gradients() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from statistics import stdev
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -669,7 +670,7 @@ def test_evaluation_goes_by_tokens_not_by_characters(model: Any, tokenizer: Any)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_evaluate_is_the_obvious_computation(model: Any, tokenizer: Any, loss: Kind) -> None:
     examples = MANY + ONE + RAGGED
-    came = evaluate(model, Objective(task_of(loss), tokenizer), examples)
+    came = evaluate(model, Objective(task_of(loss), tokenizer), examples).figures
     scores = [slow_scores(model, tokenizer, example) for example in examples]
     right = [max(range(len(s)), key=s.__getitem__) == e.label for s, e in zip(scores, examples, strict=True)]
     assert set(came) == {"loss", "accuracy"}
@@ -682,10 +683,22 @@ def test_evaluate_is_the_obvious_computation(model: Any, tokenizer: Any, loss: K
 def test_evaluate_does_not_depend_on_the_batch_size(model: Any, tokenizer: Any, batch_size: int) -> None:
     examples = MANY + ONE + RAGGED
     objective = Objective(task_of("classification"), tokenizer)
-    one = evaluate(model, objective, examples, batch_size)
-    all_at_once = evaluate(model, objective, examples, 32)
+    one = evaluate(model, objective, examples, batch_size).figures
+    all_at_once = evaluate(model, objective, examples, 32).figures
     assert one["accuracy"] == all_at_once["accuracy"]
     assert one["loss"] == pytest.approx(all_at_once["loss"], abs=TOLERANCE)
+
+
+def test_evaluation_has_the_loss_and_the_answer_of_each_example_in_the_order_given(model: Any, tokenizer: Any) -> None:
+    examples = [*RAGGED, *MANY, *ONE]
+    objective = Objective(task_of("classification"), tokenizer)
+    came = evaluate(model, objective, examples, 2)
+    alone = [evaluate(model, objective, [example]) for example in examples]
+    assert came.losses == pytest.approx([one.figures["loss"] for one in alone], abs=TOLERANCE)
+    assert came.answers == tuple(answer for one in alone for answer in one.answers)
+    assert came.figures["loss"] == pytest.approx(mean(came.losses))
+    assert came.loss_error == pytest.approx(stdev(came.losses) / len(examples) ** 0.5)
+    assert math.isnan(alone[0].loss_error)
 
 
 def test_evaluate_reports_every_example_once_and_builds_no_graph(model: Any, tokenizer: Any) -> None:

@@ -35,7 +35,7 @@ def assert_the_same_run(one: Path, other: Path) -> None:
         first.pop(name), second.pop(name)
     assert second == first
     assert {path.name for path in other.iterdir()} == {path.name for path in one.iterdir()}
-    for name in ("metrics.jsonl", "evals.jsonl", "scales.jsonl", "ledger.bin"):
+    for name in ("metrics.jsonl", "evals.jsonl", "predictions.jsonl", "scales.jsonl", "ledger.bin"):
         if not (one / name).exists():
             continue
         if name == "ledger.bin":

@@ -74,7 +74,7 @@ def test_a_validation_leaves_the_weights_and_divides_the_loss_reached_by_that_at
     assert weights_sha256(model) == before
     assert not list(tmp_path.iterdir())
     assert 0.5 < share < 1.5
-    assert made._start == {task.name: evaluate(model, objective, splits.dev, answers=False)["loss"]}
+    assert made._start == {task.name: evaluate(model, objective, splits.dev, answers=False).figures["loss"]}
 
 
 def test_a_task_without_a_second_batch_is_refused(

@@ -1,12 +1,37 @@
 """Loss and metrics over a set of examples, batched by length."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
 import torch
 
 from zotuner.objective import Objective
 from zotuner.tasks import Example
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of a set of examples.
+
+    Attributes:
+        figures: `loss`: the mean over the examples; then the task's metrics of the answers, by name.
+        losses: Of each example, in the order in which they were given.
+        answers: Likewise; None where nobody asked for them.
+    """
+
+    figures: dict[str, float]
+    losses: tuple[float, ...]
+    answers: tuple[str, ...] | None
+
+    @property
+    def loss_error(self) -> float:
+        """Standard error of the loss over the examples; NaN of a single one, or where a loss is not finite."""
+        if len(self.losses) < 2 or not all(map(math.isfinite, self.losses)):
+            return math.nan
+        return stdev(self.losses) / math.sqrt(len(self.losses))
 
 
 @torch.no_grad()
@@ -18,7 +43,7 @@ def evaluate(
     *,
     answers: bool = True,
     advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, float]:
+) -> Evaluation:
     """Answers every example.
 
     Args:
@@ -28,18 +53,19 @@ def evaluate(
         batch_size: Examples a forward.
         answers: Leave metrics of generated answers out if not set: the loss alone is much faster.
         advance: Told how many examples were done.
-
-    Returns:
-        `loss`: the mean over the examples; then the task's metrics of the answers, by name.
     """
-    ordered = sorted(examples, key=objective.length)
+    order = sorted(range(len(examples)), key=lambda number: objective.length(examples[number]))
+    ordered = [examples[number] for number in order]
     prefix = objective.prefix(model, ordered)
-    loss, given = 0.0, []
+    total, losses, given = 0.0, [], []
     for start in range(0, len(ordered), batch_size):
         part = ordered[start : start + batch_size]
         assessed = objective.assess(model, part, prefix, answers=answers)
-        loss += float(assessed.losses.double().sum())
+        total += float(assessed.losses.double().sum())
+        losses += assessed.losses.tolist()
         given += assessed.answers or []
         advance(len(part))
     metrics = objective.task.metrics if given else {}
-    return {"loss": loss / len(ordered), **{name: metric(given, ordered) for name, metric in metrics.items()}}
+    figures = {"loss": total / len(ordered), **{name: metric(given, ordered) for name, metric in metrics.items()}}
+    place = sorted(range(len(order)), key=order.__getitem__)  # of each example among the ordered ones
+    return Evaluation(figures, tuple(losses[at] for at in place), tuple(given[at] for at in place) if given else None)

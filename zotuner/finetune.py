@@ -15,10 +15,10 @@ from typing import Any
 from zotuner.adapters import adapted, adapter_of, check_tuner
 from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
-from zotuner.evaluate import evaluate
+from zotuner.evaluate import Evaluation, evaluate
 from zotuner.files import check_out, claim_out, locked
 from zotuner.hub import AUTO, Say, find_tuner
-from zotuner.metrics import read_json, write_json
+from zotuner.metrics import read_json, write_json, write_rows
 from zotuner.models import (
     compile_layers,
     kind_of,
@@ -39,7 +39,7 @@ from zotuner.training import BEST, Progressed, Training
 from zotuner.tuner import Tuner, versions
 
 MASKED_K = 16  # examples of each class that masked models are tuned on (arXiv:2012.15723; arXiv:2305.17333)
-ZERO_SHOT, SUMMARY = "zero_shot.json", "summary.json"
+ZERO_SHOT, SUMMARY, PREDICTIONS = "zero_shot.json", "summary.json", "predictions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _run(
 ) -> dict[str, Any]:
     """Everything between loading and the summary."""
 
-    def evaluated(examples: Sequence[Example], title: str, state: str, answers: bool = False) -> dict[str, float]:
+    def evaluated(examples: Sequence[Example], title: str, state: str, answers: bool = False) -> Evaluation:
         bar = display.bar(title, len(examples))
 
         def advance(count: int) -> None:
@@ -153,15 +153,20 @@ def _run(
         bar.close()
         return came
 
-    zero_shot = _once(
-        config.out / ZERO_SHOT, lambda: evaluated(setup.splits.test, "zero-shot", "before the first step", True)
-    )
+    def tested(title: str, state: str) -> dict[str, float]:
+        came = evaluated(setup.splits.test, title, state, answers=True)
+        answers = came.answers or [""] * len(came.losses)
+        rows = [{"loss": loss, "answer": answer} for loss, answer in zip(came.losses, answers, strict=True)]
+        write_rows(config.out / PREDICTIONS, rows)
+        return came.figures
+
+    zero_shot = _once(config.out / ZERO_SHOT, lambda: tested("zero-shot", "before the first step"))
     totals, dev = Progressed(), None
     if stepper is not None and config.steps:
         training = Training(config, setup, stepper, evaluated, display, requests)
         totals, dev = training.run()
         restore_weights(setup.model, config.out / BEST)
-    final = evaluated(setup.splits.test, "final", "after the last step", True) if totals.steps else zero_shot
+    final = tested("final", "after the last step") if totals.steps else zero_shot
     if config.save_model:
         save_model(setup.model, setup.tokenizer, config.out / "model")
     return {

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Self
@@ -10,7 +10,8 @@ from typing import IO, Any, Self
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 
-COUNTS = ("step", "forwards", "tokens", "seconds")  # of a row of evals.jsonl; the rest are the loss and metrics
+COUNTS = ("step", "forwards", "tokens", "seconds")  # of a row of evals.jsonl
+ASIDE = (*COUNTS, "loss_error")  # likewise; the rest are the loss and metrics
 
 
 def jsonable(value: Any) -> Any:
@@ -71,8 +72,13 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[s
     if not path.exists():
         return []
     rows = list(takewhile(keep, read_rows(path, torn_end=True)))
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return rows
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a file of rows, whole or not at all."""
+    write_atomically(path, "".join(json.dumps(jsonable(row)) + "\n" for row in rows))
 
 
 def read_rows(path: Path, *, torn_end: bool = False) -> list[dict[str, Any]]:

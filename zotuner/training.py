@@ -19,8 +19,9 @@ from zotuner import noise
 from zotuner.batch import Batch
 from zotuner.config import FinetuneConfig
 from zotuner.errors import Interrupted, ZotunerError
+from zotuner.evaluate import Evaluation
 from zotuner.ledger import Ledger, Record
-from zotuner.metrics import COUNTS, MetricsLog, keep_rows
+from zotuner.metrics import ASIDE, MetricsLog, keep_rows
 from zotuner.models import keep_weights, weights_sha256
 from zotuner.objective import Objective
 from zotuner.progress import Display
@@ -42,7 +43,7 @@ LEDGER, METRICS, EVALS, SCALES = "ledger.bin", "metrics.jsonl", "evals.jsonl", "
 SECONDS_DIGITS = 4  # that rows keep
 SCALES_ROWS = 100  # about so many of a run's steps leave their scales
 
-Evaluated = Callable[[Sequence[Example], str, str], dict[str, float]]  # (examples, title, how far) -> loss, metrics
+Evaluated = Callable[[Sequence[Example], str, str], Evaluation]  # (examples, title, how far)
 SAME = {  # of a ledger's header: what a run that goes on must have in common with its beginning
     "weights_sha256": "the model's weights (SHA-256)",
     "data_sha256": "the examples (SHA-256)",
@@ -313,9 +314,9 @@ class _Dev:
 
     def begin(self) -> None:
         """Evaluates the starting weights."""
-        self.start = self._came(0) if 0 in self._kept else self._evaluate(0)
         if 0 not in self._kept:
-            self._write(0, self.start)
+            self._write(0, self._evaluate(0))
+        self.start = self._came(0)
         self.last = self.start if not self.best else self._came(max(s for s in self._kept if s <= self._totals.steps))
 
     def evaluate(self) -> None:
@@ -325,18 +326,19 @@ class _Dev:
             self.last = self._came(step)
             self._compare(step, self.last)
             return
-        self.last = self._evaluate(step)
+        found = self._evaluate(step)
+        self.last = found.figures
         metrics = "".join(f", {name} {value:.3f}" for name, value in self.last.items() if name != "loss")
         self._display.say(f"step {step}: dev loss {self.last['loss']:.4f}{metrics}")
         if self._compare(step, self.last):
             keep_weights(self._setup.model, self._config.out / BEST)  # before the row, which says that they are there
-        self._write(step, self.last)
+        self._write(step, found)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _evaluate(self, step: int) -> Evaluation:
         return self._evaluated(self._setup.splits.dev, "dev", f"after step {step} of {self._config.steps}")
 
     def _came(self, step: int) -> dict[str, float]:
-        found = {name: value for name, value in self._kept[step].items() if name not in COUNTS}
+        found = {name: value for name, value in self._kept[step].items() if name not in ASIDE}
         return {name: math.nan if value is None else value for name, value in found.items()}
 
     def _compare(self, step: int, came: dict[str, float]) -> bool:
@@ -346,11 +348,15 @@ class _Dev:
             self.best = {"step": step, **came}
         return best
 
-    def _write(self, step: int, came: dict[str, float]) -> None:
+    def _write(self, step: int, found: Evaluation) -> None:
         totals = self._totals
+        row: dict[str, Any] = {
+            **{"step": step, "forwards": totals.forwards, "tokens": totals.tokens},
+            **{"seconds": round(totals.seconds, SECONDS_DIGITS), **found.figures, "loss_error": found.loss_error},
+        }
         with MetricsLog(self._config.out / EVALS) as evals:
-            spent = {"forwards": totals.forwards, "tokens": totals.tokens}
-            evals.write(step=step, **spent, seconds=round(totals.seconds, SECONDS_DIGITS), **came)
+            evals.write(**row)
+        self._kept[step] = row
 
 
 def header_of(config: FinetuneConfig, setup: Loaded, losses: int) -> dict[str, Any]:

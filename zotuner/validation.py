@@ -70,7 +70,7 @@ class Validation:
         return sum(shares) / len(shares)
 
     def _loss(self, objective: Objective, examples: Sequence[Example]) -> float:
-        return evaluate(self._model, objective, examples, answers=False)["loss"]
+        return evaluate(self._model, objective, examples, answers=False).figures["loss"]
 
     def _run(
         self, objective: Objective, train: Sequence[Example], lr: float, bar: Bar, heed: Callable[[], None]

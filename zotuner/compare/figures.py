@@ -22,7 +22,7 @@ SHARES = ("accuracy", "em")  # metrics that are a share of the examples
 class Spread:
     """Values over seeds: their mean, their standard deviation (n - 1; None for one seed), how many.
 
-    `error`: standard error of one run's value over its n test examples, sqrt(p (1 - p) / n), of a share p.
+    `error`: standard error of one run's value over its n examples, of a share p sqrt(p (1 - p) / n); None: not known.
     """
 
     mean: float
@@ -57,6 +57,8 @@ class Row:
         tried: The whole grid, in order.
         seeds: That are done at the chosen lr.
         dev, test: Losses.
+        gap: The loss on test minus the baseline's, example by example, of the seeds that both have; its `error` is that
+            of a mean of differences. None for the baseline, and where nothing can be compared.
         metrics: On the test examples; the first one is the task's main one.
         reach: None for the baseline's own runs that never improved, and where nothing can be compared.
         speedup: The baseline's own shares over this method's; `reach.at_least` makes it an upper bound.
@@ -73,6 +75,7 @@ class Row:
     seeds: tuple[int, ...] = ()
     dev: Spread | None = None
     test: Spread | None = None
+    gap: Spread | None = None
     metrics: Mapping[str, Spread] = field(default_factory=dict)
     reach: Reach | None = None
     speedup: float | None = None
@@ -87,6 +90,7 @@ class Standing:
 
     Attributes:
         tasks: How many.
+        dev_wins: Where its mean loss on dev is lower.
         loss_wins, metric_wins: Where its mean on test is better.
         speedup: Geometric mean; None where there is none.
         at_most: Whether that is an upper bound, since some run never reached the baseline's loss.
@@ -94,6 +98,7 @@ class Standing:
 
     method: str
     tasks: int
+    dev_wins: int
     loss_wins: int
     metric_wins: int
     speedup: float | None
@@ -185,8 +190,15 @@ def _row(
         _edge(lr, tried),
         tried,
         tuple(sorted(mine)),
-        spread([status.best for status in mine.values() if status.best is not None]),
-        spread([_or_nan(summary["final"]["loss"]) for summary in summaries]),
+        spread(
+            [status.best for status in mine.values() if status.best is not None],
+            [status.best_error for status in mine.values()],
+        ),
+        spread(
+            [_or_nan(summary["final"]["loss"]) for summary in summaries],
+            [standard_error(status.test_losses) for status in mine.values()],
+        ),
+        _gap(mine, base) if method != spec.baseline else None,
         {name: _metric(name, [_or_nan(s["final"][name]) for s in summaries], examples) for name in names},
         reach,
         speedup,
@@ -200,13 +212,31 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and standard deviation; None for no value."""
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; NaN for fewer than two, and where one is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    return stdev(values) / math.sqrt(len(values))
+
+
+def _gap(mine: Mapping[int, Status], base: Mapping[int, Status]) -> Spread | None:
+    """Seed by seed: the same seed draws the same test examples."""
+    differences = []
+    for seed in sorted(set(mine) & set(base)):
+        ours, theirs = mine[seed].test_losses, base[seed].test_losses
+        if ours and len(ours) == len(theirs):
+            differences.append([own - other for own, other in zip(ours, theirs, strict=True)])
+    return spread([fmean(each) for each in differences], [standard_error(each) for each in differences])
+
+
+def spread(values: Sequence[float], errors: Sequence[float] = ()) -> Spread | None:
+    """Mean and standard deviation, and the mean of the runs' own errors where all are known; None for no value."""
     if not values:
         return None
     finite = all(map(math.isfinite, values))
     std = (stdev(values) if finite else math.nan) if len(values) > 1 else None
-    return Spread(fmean(values) if finite else math.nan, std, len(values))
+    error = fmean(errors) if errors and all(map(math.isfinite, errors)) else None
+    return Spread(fmean(values) if finite else math.nan, std, len(values), error)
 
 
 def _metric(name: str, values: Sequence[float], examples: int) -> Spread:
@@ -249,6 +279,7 @@ def _standing(method: str, spec: Comparison, by: Mapping[tuple[str, str], Row]) 
     return Standing(
         method,
         len(pairs),
+        sum(mine.dev.mean < base.dev.mean for mine, base in pairs if mine.dev and base.dev),
         sum(mine.test.mean < base.test.mean for mine, base in pairs if mine.test and base.test),
         sum(_main(mine) > _main(base) for mine, base in pairs),
         math.exp(fmean(logs)) if logs else None,

@@ -50,13 +50,17 @@ class Note:
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation on dev after `step` steps; a loss that was not finite is NaN."""
+    """An evaluation on dev after `step` steps; a loss that was not finite is NaN.
+
+    `loss_error`: standard error of the loss over the examples; NaN in runs of older versions.
+    """
 
     step: int
     forwards: int
     tokens: int
     seconds: float
     loss: float
+    loss_error: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Status:
         note: Of its processes.
         summary: Its outcome, if it is done.
         curve: Its evaluations on dev, the starting weights first.
+        test_losses: Of each test example, if it is done; empty in runs of older versions.
     """
 
     planned: Planned
@@ -78,12 +83,19 @@ class Status:
     note: Note
     summary: dict[str, Any]
     curve: tuple[Point, ...]
+    test_losses: tuple[float, ...] = ()
 
     @property
     def best(self) -> float | None:
         """Loss on dev of the weights that a finished run delivers; None for one that took no step."""
         best = (self.summary.get("dev") or {}).get("best")
         return None if best is None else _number(best["loss"])
+
+    @property
+    def best_error(self) -> float:
+        """Standard error of that over the dev examples; NaN where it is not known."""
+        best = (self.summary.get("dev") or {}).get("best") or {}
+        return next((point.loss_error for point in self.curve if point.step == best.get("step")), math.nan)
 
 
 def log_of(planned: Planned) -> Path:
@@ -121,7 +133,7 @@ def read_status(planned: Planned, unit: Unit) -> Status:
     """
     folder, note = planned.folder, read_note(planned)
     if (folder / "summary.json").exists():
-        return Status(planned, "done", 1.0, note, read_summary(folder), _curve(folder))
+        return Status(planned, "done", 1.0, note, read_summary(folder), _curve(folder), _test_losses(folder))
     if has_writer(folder):
         state: State = "running"
     elif note.failed:
@@ -164,12 +176,28 @@ def _curve(folder: Path) -> tuple[Point, ...]:
     rows = read_rows(path, torn_end=True) if path.exists() else []
     try:
         return tuple(
-            Point(row["step"], row["forwards"], row["tokens"], row["seconds"], _number(row["loss"])) for row in rows
+            Point(
+                row["step"],
+                row["forwards"],
+                row["tokens"],
+                row["seconds"],
+                _number(row["loss"]),
+                _number(row.get("loss_error")),
+            )
+            for row in rows
         )
     except KeyError as error:
         raise ZotunerError(
             f"{path}: expected step, forwards, tokens, seconds and loss in each row: no {error}"
         ) from None
+
+
+def _test_losses(folder: Path) -> tuple[float, ...]:
+    path = folder / "predictions.jsonl"
+    try:
+        return tuple(_number(row["loss"]) for row in (read_rows(path) if path.exists() else []))
+    except KeyError:
+        raise ZotunerError(f"{path}: expected a loss in each row") from None
 
 
 def _number(value: float | None) -> float:

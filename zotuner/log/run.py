@@ -19,7 +19,7 @@ from zotuner.config import read_yaml
 from zotuner.errors import ZotunerError
 from zotuner.files import has_writer, is_run
 from zotuner.log.scales import Scales
-from zotuner.metrics import COUNTS, read_rows
+from zotuner.metrics import ASIDE, read_rows
 
 # Seconds without a new row after which a run on another machine seems to have stopped; ten of its steps, if longer
 SILENCE = 600.0
@@ -91,10 +91,10 @@ class Evaluation(_Read):
     @model_validator(mode="before")
     @classmethod
     def _gathered(cls, row: Any) -> Any:
-        """What a row holds beside counts and loss are metrics."""
+        """What a row holds beside counts, loss and its error are metrics."""
         if not isinstance(row, dict):
             return row
-        apart = {"loss", *COUNTS}
+        apart = {"loss", *ASIDE}
         return {**row, "metrics": {name: value for name, value in row.items() if name not in apart}}
 
 
