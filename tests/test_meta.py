@@ -198,9 +198,11 @@ def test_meta_training_finds_the_block_that_pays(meta_loss: str, draws: int) -> 
     tuner = Tuner.for_model(model, "exp")
     trainer = MetaTrainer(model, tuner, config(outer_lr=1e-2, draws=draws, meta_loss=meta_loss))
     rows = []
-    for number in range(31):
+    for number in range(40):
         closure = partial(model.wavering, (1, 1, -1, -1)[number % 4]) if meta_loss == "expected" else model
-        rows.append(visit(trainer, closure, number=number, position=number))
+        if number == 20:
+            trainer.end_round(number)
+        rows.append(visit(trainer, closure, number=number, position=number % 20))
     sigma = trainer.scales("t").detach()
     assert float(sigma[0]) > 1.15
     assert float(sigma[1]) < 0.85
@@ -208,6 +210,22 @@ def test_meta_training_finds_the_block_that_pays(meta_loss: str, draws: int) -> 
     assert meta_loss == "sampled" or rows[1]["gain"] == pytest.approx(1.0)
     assert meta_loss == "sampled" or rows[-1]["gain"] > 1.5
     assert rows[-1]["sigma_types"] == pytest.approx({"a": float(sigma[0]), "b": float(sigma[1])}, rel=0.1)
+
+
+def test_at_the_end_of_a_round_the_nets_learn_of_all_points_from_where_they_began() -> None:
+    model = Split()
+    tuner = Tuner.for_model(model, "exp")
+    trainer = MetaTrainer(model, tuner, config(meta_loss="expected"))
+    fresh = trainer.nets()
+    for number in range(8):
+        visit(trainer, partial(model.wavering, (1, 1, -1, -1)[number % 4]), number=number, position=number)
+        assert all(torch.equal(tensor, fresh[name]) for name, tensor in trainer.nets().items())
+    trainer.end_round(8)
+    learned = trainer.nets()
+    assert not all(torch.equal(tensor, fresh[name]) for name, tensor in learned.items())
+    trained_bank(tuner)
+    trainer.end_round(8)
+    assert all(torch.equal(tensor, learned[name]) for name, tensor in trainer.nets().items())
 
 
 def test_a_profile_holds_energy_signal_and_curvature_of_each_block() -> None:

@@ -303,7 +303,7 @@ class MetaTrainConfig(Config):
         description="draw that lr at each point, from inner_lr / this to inner_lr * this",
     )
     outer_lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="Adam's lr for the PertNNs")
-    outer_steps: int = Field(8, ge=1, description="of Adam a point, each on some of the points so far (expected)")
+    outer_steps: int = Field(8, ge=1, description="of Adam, for each point so far, at the end of a round (expected)")
     fo_optimizer: Literal["adam", "sgd"] = Field("adam", description="walks the trajectory; sgd has momentum 0.9")
     fo_lr: float = Field(5e-6, gt=0, allow_inf_nan=False, description="lr of the trajectory")
     reset_every: int = Field(50, ge=1, description="points after which the model starts anew")

@@ -194,6 +194,8 @@ class Expected:
         config: When a round has settled, outer steps a point, the seed.
     """
 
+    anew = True
+
     def __init__(self, blocks: Sequence[Block], config: MetaTrainConfig) -> None:
         self._blocks, self._config = blocks, config
         self._pieces = list(pieces_of(blocks))
@@ -226,12 +228,12 @@ class Expected:
         return Found(row, (point.loss, point.loss))
 
     def objectives(self, number: int, scales_of: ScalesOf) -> Iterator[Tensor]:
-        """Of points drawn from all so far: what they say does not depend on the nets."""
+        """`outer_steps` for each point, each of some points drawn from all so far."""
         if not self._visited:
             return
         random = np.random.default_rng((self._config.seed, number, 3))
         of_phase = {phase: profiles.means for phase, profiles in self._profiles.items()}
-        for _ in range(self._config.outer_steps):
+        for _ in range(self._config.outer_steps * len(self._visited)):
             chosen = [self._visited[i] for i in random.integers(len(self._visited), size=TOGETHER)]
             own, means = torch.stack([x.own for x in chosen]), torch.stack([of_phase[x.phase] for x in chosen])
             objective = minus_log_gain(own, means, scales_of(torch.stack([x.inputs for x in chosen])))

@@ -59,12 +59,13 @@ class MetaTrainer:
             self._meta_loss = Expected(self.blocks, config)
         else:
             self._meta_loss = Sampled(model, self.blocks, config)
+        self._outer_lr, self._fresh = config.outer_lr, self.nets()
         self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
         self._told: dict[str, _Told] = {}  # of each task
         self._types = block_types([block.name for block in self.blocks])
 
     def update(self, visit: Visit) -> dict[str, Any]:
-        """What there is to learn at the model's present weights; position 0: the nets' inputs begin anew.
+        """What a point says, and an outer step if it is to be learned at once. Position 0: inputs begin anew.
 
         Returns:
             What a row of metrics holds.
@@ -77,14 +78,25 @@ class MetaTrainer:
             raw = self._tuner.bank(inputs)
         scales = self._normalize(raw)
         found = self._meta_loss.visit(visit, inputs, scales)
-        for objective in self._meta_loss.objectives(visit.point.number, self._scales):
-            self._outer.zero_grad()
-            objective.backward()
-            self._outer.step()
+        if not self._meta_loss.anew:
+            self._learn(visit.point.number + 1)
         if found.losses is not None:
             start = self._of(task).start
             self._told[task] = _Told(found.losses, raw, sum(found.losses) / 2 if start is None else start)
         return found.row | self._spread(scales)
+
+    def end_round(self, number: int) -> None:
+        """To be called after so many points, before the model begins anew and at the end."""
+        if self._meta_loss.anew:
+            self.take_nets(self._fresh)
+            self._outer = torch.optim.Adam(self._tuner.bank.parameters(), lr=self._outer_lr)
+            self._learn(number)
+
+    def _learn(self, number: int) -> None:
+        for objective in self._meta_loss.objectives(number, self._scales):
+            self._outer.zero_grad()
+            objective.backward()
+            self._outer.step()
 
     def _spread(self, scales: Tensor) -> dict[str, Any]:
         """How sigma~ differs between blocks."""

@@ -200,6 +200,7 @@ class _Walked:
             for point in self._points.points(config.steps, start):
                 self._heed(point, point.number > start)
                 if point.position == 0:
+                    self._trainer.end_round(point.number)
                     self._validate(point.number)
                 row = self._update(point)
                 metrics.write(
@@ -212,6 +213,7 @@ class _Walked:
                     )
                 bar.advance(status=_status(row))
         bar.close()
+        self._trainer.end_round(config.steps)
         if self._validation is not None:
             self._points.to_start()
             self._validate(config.steps)

@@ -84,6 +84,8 @@ class Sampled:
         config: Noise, eps, inner learning rate, draws, whether another batch judges.
     """
 
+    anew = False
+
     def __init__(self, model: nn.Module, blocks: Sequence[Block], config: MetaTrainConfig) -> None:
         self._blocks, self._config = blocks, config
         self._perturber = Perturber(model, blocks)

@@ -45,7 +45,14 @@ class Found(NamedTuple):
 
 
 class MetaLoss(Protocol):
-    """One way to judge scales."""
+    """One way to judge scales.
+
+    Attributes:
+        anew: What a point says does not depend on the nets: they learn at the end of a round, from where they began, of
+            all points so far. Otherwise at each point.
+    """
+
+    anew: bool
 
     def visit(self, visit: Visit, inputs: Tensor, scales: Tensor) -> Found:
         """Measures a point.
@@ -60,7 +67,7 @@ class MetaLoss(Protocol):
         """0-d tensors to be made small, one an outer step; each is made when the step before it is done.
 
         Args:
-            number: Of the point that was visited last.
+            number: Points visited so far.
             scales_of: The nets as they are.
         """
 
