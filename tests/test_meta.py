@@ -259,6 +259,11 @@ def test_curvature_is_the_mean_squared_gradient_of_an_example() -> None:
     assert curvature.tolist() == pytest.approx(gradients.square().mean(dim=(0, 1)).tolist(), rel=0.1)
 
 
+def test_curvature_is_never_less_than_the_energy() -> None:
+    energy = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    assert Profile(1.0, torch.tensor([1.3, 0.5], dtype=torch.float64), energy, 4).curvature.tolist() == [1.0, 2.5]
+
+
 def test_the_expected_meta_losss_gradient_is_that_of_the_gain() -> None:
     random = torch.Generator().manual_seed(3)
     point = Profile(1.0, *torch.rand(2, 5, generator=random, dtype=torch.float64), 4)
@@ -283,9 +288,9 @@ def test_profiles_are_means_of_points_relative_to_their_energy() -> None:
     torch.testing.assert_close(profiles.means, torch.stack(owns).mean(dim=0))
 
 
-def test_points_of_negative_curvature_teach_nothing_yet() -> None:
+def test_points_of_negative_signal_teach_nothing_yet() -> None:
     ones = torch.ones(3, dtype=torch.float64)
-    bad, good = Profiles().add(Profile(1.0, 2 * ones, ones, 4)), Profiles().add(Profile(1.0, ones / 2, ones, 4))
+    bad, good = Profiles().add(Profile(1.0, -ones, ones, 4)), Profiles().add(Profile(1.0, ones / 2, ones, 4))
     scales = ones[None].clone().requires_grad_()
     assert minus_log_gain(bad[None], bad[None], scales) is None
     assert math.isnan(gain(bad, ones))

@@ -2,7 +2,7 @@
 
     batch of b examples: g_i                       ->  energy T_i = |g_i|^2
     centred loss: h_i; its mean over earlier ones  ->  signal S_i = <h_i, mean>
-    Fisher: |gradient of an example|^2             ->  curvature C_i = b T_i - (b - 1) S_i
+    Fisher: |gradient of an example|^2             ->  curvature C_i = b T_i - (b - 1) S_i, at least T_i
     sigma~, S, T, C of the points so far           ->  log gain, and its gradient by each sigma~_i
 
 Averaged over z, to second order, a step with u = (sigma~_i z_i)_i, its coefficient from one batch, changes the loss of
@@ -54,9 +54,13 @@ class Profile:
 
     @property
     def curvature(self) -> Tensor:
-        """(n,) float64: C_i, the mean squared gradient of an example, which of a cross-entropy is about tr H_ii."""
+        """(n,) float64: C_i, the mean squared gradient of an example, which of a cross-entropy is about tr H_ii.
+
+        It is at least that of the examples' mean gradient, T_i; where gradients become smaller on the way, S_i exceeds
+        T_i and would say otherwise.
+        """
         assert self.signal is not None, "the first point of a round has no signal"
-        return self.examples * self.energy - (self.examples - 1) * self.signal
+        return torch.maximum(self.examples * self.energy - (self.examples - 1) * self.signal, self.energy)
 
 
 @dataclass
