@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from zotuner.evaluate import evaluate
 from zotuner.models import load_model, save_model, weights_sha256
 from zotuner.objective import Objective
 from zotuner.optim import FZOO, MeZO, ZOFineTuner, ZOOptimizer
+from zotuner.optim.zo_finetuner import Learned
 from zotuner.perturb import Draw
 from zotuner.quantized import QuantizedLinear, quantize_
 from zotuner.steppers import FirstOrderStepper
@@ -453,12 +455,56 @@ def test_a_tuner_for_another_adapter_is_refused_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tuner_for_whole_models_does_not_fit_an_adapter(
+def test_a_tuner_for_whole_models_does_not_fit_what_is_added_to_no_layer(
     tuner_dir: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = quick(model_dir, tmp_path / "run", method="zo-finetuner", tuner=tuner_dir, adapter="lora")
+    flags = quick(model_dir, tmp_path / "run", method="zo-finetuner", tuner=tuner_dir, adapter="prefix")
     assert call("finetune", *argv_of(flags)) == 2
-    assert "8 of 8 blocks differ" in assert_one_error_line(capsys.readouterr().err)
+    assert "1 of 1 blocks differ" in assert_one_error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_tuner_for_whole_models_tells_an_adapters_tensors_the_scales_of_what_they_adapt(
+    kind: str, granularity: Any
+) -> None:
+    tuner = Tuner.for_model(tiny_llama(vocab_size=400, initializer_range=0.2), "abs", seed=3, granularity=granularity)
+    plain = tiny_llama(vocab_size=400, initializer_range=0.2)
+    told = {"loss_prev": (0.7, 0.8), "loss_start": 1.0}
+    raw, _ = Learned(tuner, plain, find_blocks(plain, granularity)).scales(told)
+    whole = dict(zip((block.name for block in find_blocks(plain, granularity)), raw.tolist(), strict=True))
+    model = fresh(tiny_llama, kind)
+    blocks = find_blocks(model, granularity)
+    learned = Learned(tuner, model, blocks)
+    found, scales = learned.scales(told)
+    added = re.compile(r"\.(lora_[AB]\.default\.weight|ia3_l\.default)$")
+    assert found.tolist() == [whole[added.sub(".weight", block.name)] for block in blocks]
+    assert granularity == "layer" or all(added.search(block.name) for block in blocks)
+    d = torch.tensor([block.numel for block in blocks], dtype=torch.float64)
+    assert float((d * scales**2).sum()) == pytest.approx(float(d.sum()))
+    with torch.no_grad():
+        for param in blocks[0].params:
+            param.add_(1.0)
+    learned.moved([(9.0, 9.0)] * len(blocks))  # of the adapter's tensors, of which the nets are not told
+    assert torch.equal(learned.scales(told)[0], found)
+
+
+def test_a_tuner_for_whole_models_names_what_it_does_not_know_of_an_adapter() -> None:
+    """A LoRA of a fused matrix belongs to q, k and v at once."""
+    tuner = Tuner.for_model(tiny_phi3(vocab_size=400), "abs")
+    model = fresh(tiny_phi3, "lora", adapter_targets=("qkv_proj",))
+    with pytest.raises(ZotunerError, match=r"qkv_proj.lora_A.default.weight \("):
+        ZOFineTuner(model, tuner)
+
+
+@peft_warns
+def test_a_run_tunes_a_lora_by_a_tuner_of_the_whole_model_and_replays(
+    tuner_dir: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    flags = quick(model_dir, out, method="zo-finetuner", tuner=tuner_dir, adapter="lora", lr=1e-2)
+    assert call("finetune", *argv_of(flags)) == 0
+    assert call("replay", out, "--out", tmp_path / "again") == 0
 
 
 def test_a_tuner_that_names_no_adapter_is_written_as_ever(tuner_dir: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ A block is a parameter tensor; at granularity "layer" it is all the tensors of o
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,10 @@ WRAPPERS = re.compile(
     r"|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
     r"|(?<=\.)(?:base_layer|modules_to_save\.default)\."
 )
+
+
+# What peft adds to a layer, behind the layer's name.
+ADDED = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|ia3_l)(?:\..*)?$")
 
 
 class StoredMatrix(nn.Module):
@@ -195,18 +199,41 @@ def find_blocks(model: nn.Module, granularity: str = "block") -> tuple[Block, ..
     Raises:
         ValueError: An unknown granularity, or a model in which nothing is trainable.
     """
+    blocks = _blocks(model, granularity, lambda _, weight: weight.requires_grad)
+    if not blocks:
+        raise ValueError("the model has no trainable parameter: set requires_grad where it should be tuned")
+    return blocks
+
+
+def hosts_of(model: nn.Module, blocks: Sequence[Block], granularity: str) -> tuple[Block, ...]:
+    """The part of the base model that each block belongs to, as `find_blocks` would have it there.
+
+    That is the block itself, but of what peft adds to a layer (LoRA, IA3) the layer's own weight, of the same name
+    without what peft puts behind it; at granularity "layer" all the weights that were there before.
+
+    Args:
+        model: That the blocks are of.
+        blocks: Of `find_blocks`, with that granularity.
+        granularity: "block" or "layer".
+    """
+    if not any(weight.requires_grad and ADDED.search(name) for name, weight in named_weights(model)):
+        return tuple(blocks)
+    there = {block.name: block for block in _blocks(model, granularity, lambda name, _: not ADDED.search(name))}
+    return tuple(there.get(ADDED.sub(".weight", block.name), block) for block in blocks)
+
+
+def _blocks(model: nn.Module, granularity: str, wanted: Callable[[str, Weight], bool]) -> tuple[Block, ...]:
+    """Of those weights that are wanted."""
     if granularity not in GRANULARITIES:
         raise ValueError(unknown("granularity", granularity, GRANULARITIES))
     layers = _layer_names(model) if granularity == "layer" else {}
     groups: dict[str, list[tuple[Weight, tuple[slice, ...]]]] = {}
     for name, param in named_weights(model):
-        if not param.requires_grad:
+        if not wanted(name, param):
             continue
         cuts = {"": ()} if granularity == "layer" else _cuts(model, name, param)
         for suffix, index in cuts.items():
             groups.setdefault(layers.get(name, base_name(name)) + suffix, []).append((param, index))
-    if not groups:
-        raise ValueError("the model has no trainable parameter: set requires_grad where it should be tuned")
     return tuple(_block(name, parts) for name, parts in groups.items())
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from zotuner.block_types import block_types, layer_of
-from zotuner.blocks import find_blocks
+from zotuner.blocks import find_blocks, hosts_of
 from zotuner.errors import ZotunerError
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import FEATURES, FeatureSpec, normalize
@@ -113,8 +113,9 @@ def sigmas(tuner: Tuner, model: Any = None) -> Sigmas:
         features = torch.tensor([row] * len(names))
     else:
         blocks = find_blocks(model, tuner.granularity)
-        nets, numels = tuner.nets_for(blocks), tuner.numels_for(model, blocks)
-        names, features = tuple(b.name for b in blocks), features_of(blocks, (0.0, 0.0), [1.0] * len(blocks))
+        hosts = hosts_of(model, blocks, tuner.granularity) if info.adapter is None else blocks
+        nets, numels = tuner.nets_for(hosts), tuner.numels_for(model, blocks)
+        names, features = tuple(b.name for b in blocks), features_of(hosts, (0.0, 0.0), [1.0] * len(blocks))
 
     def scaled(loss: float, start: float | None) -> Array:
         told = features.clone()

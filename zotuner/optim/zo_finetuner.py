@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from zotuner.blocks import Block, moments
+from zotuner.blocks import Block, hosts_of, moments
 from zotuner.optim.base import Estimator, ZOOptimizer
 from zotuner.optim.estimators import TwoPoint
 from zotuner.pertnn import normalize
@@ -41,32 +41,36 @@ class Learned:
     Args:
         tuner: Frozen.
         model: The module to tune.
-        blocks: Of the model; each must be one of the tuner's.
+        blocks: Of the model; each, or what it was added to, must be one of the tuner's.
         normalized: Keep the Frobenius budget.
     """
 
     def __init__(self, tuner: Tuner, model: nn.Module, blocks: Sequence[Block], normalized: bool = True) -> None:
         self._tuner = tuner
-        self._blocks = blocks
-        self._nets = tuner.nets_for(blocks)
+        self._hosts = hosts_of(model, blocks, tuner.granularity) if tuner.info.adapter is None else tuple(blocks)
+        self._nets = tuner.nets_for(self._hosts)
         self._numels = tuner.numels_for(model, blocks)
         self._normalized = normalized
-        self._stored = list(dict.fromkeys(t for block in blocks for piece in block.pieces for t in piece.stored))
-        self._known: list[tuple[float, float]] = []  # moments of the blocks, after the last update
+        self._stored = list(dict.fromkeys(t for block in self._hosts for piece in block.pieces for t in piece.stored))
+        self._known: list[tuple[float, float]] = []  # moments of the hosts, after the last update
         self._versions: list[int] = []  # of what is stored, then
+        self._moving = self._hosts == tuple(blocks)
+        if not self._moving:  # what an adapter was added to stays as it is
+            self._known, self._versions = [moments(host) for host in self._hosts], self._now()
 
     def scales(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(raw sigma, sigma~), both (n,); the step before and the first loss are read from `state`."""
-        sigma_prev = state.get("sigma_prev", [1.0] * len(self._blocks))
+        sigma_prev = state.get("sigma_prev", [1.0] * len(self._hosts))
         known = self._known if self._versions == self._now() else None
-        features = features_of(self._blocks, state.get("loss_prev", (0.0, 0.0)), sigma_prev, known)
+        features = features_of(self._hosts, state.get("loss_prev", (0.0, 0.0)), sigma_prev, known)
         with record_function("zotuner::pertnn"):
             raw = self._tuner.scales(features, self._nets, state.get("loss_start"))
         return raw, normalize(raw, self._numels) if self._normalized else raw.double()
 
     def moved(self, moments: list[tuple[float, float]]) -> None:
-        """Keeps the moments that an update has taken, until somebody else writes to the weights."""
-        self._known, self._versions = moments, self._now()
+        """Keeps the moments that an update has taken of the blocks, until somebody else writes to the weights."""
+        if self._moving:
+            self._known, self._versions = moments, self._now()
 
     def _now(self) -> list[int]:
         """How often torch has seen each tensor change (not through `.data`, and not at all in inference mode)."""
@@ -82,7 +86,8 @@ class ZOFineTuner(ZOOptimizer):
     With sigma = 1 everywhere it is MeZO, bit for bit.
 
     Args:
-        model: The module to tune; each of its blocks must be known to the tuner, by name and size.
+        model: The module to tune; each of its blocks must be known to the tuner, by name and size. A LoRA or IA3 takes
+            the scales of what it adapts, by the statistics of that.
         tuner: `zotuner.Tuner.from_pretrained(...)`.
         lr: Learning rate; the normalisation lets MeZO's carry over.
         eps: Size of a perturbation.
