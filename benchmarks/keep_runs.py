@@ -2,7 +2,8 @@
 
     python benchmarks/keep_runs.py runs/study docs/study
 
-Of each run that is done: its options (without where the data lay), evaluations, summary, ledger and note, 12 kB in all.
+Of each run that is done: its options (without where the data lay), evaluations, summary, ledger, the losses of its test
+examples and its note, 18 kB in all.
 `zotuner compare FILE --out docs/study --report-only` makes tables and page of them; without --report-only it goes on.
 """
 
@@ -11,6 +12,8 @@ import shutil
 from pathlib import Path
 
 import yaml
+
+from zotuner.metrics import read_rows, write_rows
 
 KEPT = ("evals.jsonl", "summary.json", "ledger.bin")
 
@@ -27,6 +30,9 @@ def main() -> None:
         for name in KEPT:
             if (run / name).exists():
                 shutil.copy(run / name, kept / name)
+        if (run / "predictions.jsonl").exists():
+            rows = read_rows(run / "predictions.jsonl")
+            write_rows(kept / "predictions.jsonl", [{"loss": row["loss"] and round(row["loss"], 5)} for row in rows])
         options = yaml.safe_load((run / "config.yaml").read_text())
         (kept / "config.yaml").write_text(yaml.safe_dump({**options, "data_dir": None}, sort_keys=False))
         note = run.with_name(run.name + ".json")

@@ -29,7 +29,7 @@ from zotuner.compare.spec import Comparison
 from zotuner.compare.state import Note, Point, check_same, read_note, read_status, write_note
 from zotuner.compare.tables import cells, duration, headings, plan_table, seconds_left
 from zotuner.compare.work import Bar
-from zotuner.config import FinetuneConfig
+from zotuner.config import DEFAULT_LR, FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.files import locked, writer
 from zotuner.ledger import read_ledger
@@ -172,6 +172,17 @@ def test_a_task_may_have_a_budget_of_its_own(tmp_path: Path) -> None:
     assert {run.config.eval_every for run in runs if (run.task, run.method) == ("copa", "mezo")} == {4}
     spec = Comparison.read(file)
     assert (spec.budgets, str(spec.budget_of("copa"))) == ("40 to 100 forwards", "40 forwards")
+
+
+def test_a_task_may_have_a_factor_for_all_learning_rates(tmp_path: Path) -> None:
+    methods = {"mezo": {"lr": [1e-5, 3e-5]}, "fzoo": {}, "none": {}}
+    tasks = [{"task": "copa", "lr_factor": 0.1}, "sst2"]
+    runs = planned(yaml_file(tmp_path, tasks=tasks, methods=methods, seeds=[0]), tmp_path / "out")
+    rates = {task: [run.lr for run in runs if run.task == task] for task in ("sst2", "copa")}
+    assert set(rates["sst2"]) == {1e-5, 3e-5, DEFAULT_LR["fzoo"], None}
+    assert set(rates["copa"]) == {1e-6, 3e-6, DEFAULT_LR["fzoo"] / 10, None}
+    assert all(run.config.lr == run.lr for run in runs)
+    assert {run.folder.parent.name for run in runs if run.task == "copa"} >= {"lr-1e-06", "lr-3e-06"}
 
 
 def test_the_first_runs_fill_the_table_then_the_grids_then_the_seeds(tmp_path: Path) -> None:

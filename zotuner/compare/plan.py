@@ -82,6 +82,15 @@ def _from_the_middle(grid: Sequence[float]) -> list[float | None]:
     return [ordered[place] for place in sorted(range(len(grid)), key=lambda place: (abs(place - middle), place))]
 
 
+def _times(lr: float | None, factor: float) -> float | None:
+    """A learning rate of the grid on a task, without the digits that a product of decimals has too many.
+
+    >>> _times(3e-5, 0.1)
+    3e-06
+    """
+    return lr if lr is None or factor == 1 else float(f"{lr * factor:.6g}")
+
+
 class _Planner:
     """Makes the runs of one comparison; the arguments are those of `expand`."""
 
@@ -98,7 +107,8 @@ class _Planner:
         options |= {"out": self._out} | ({} if lr is None else {"lr": lr})
         self._check_names(task, name, options["method"], lr)
         draft, budget = self._config(options, task, name), self._spec.budget_of(task.task)
-        lr = None if draft.method == "none" else draft.lr
+        lr = None if draft.method == "none" else _times(draft.lr, task.lr_factor)
+        options |= {"lr": lr}
         folder = self._out / RUNS / task.task / name / f"lr-{'none' if lr is None else repr(lr)}" / f"seed-{seed}"
         config = self._config(options | self._limits(draft, evaluations, name, task) | {"out": folder}, task, name)
         per_step = forwards_per_step(config)

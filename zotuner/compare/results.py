@@ -161,7 +161,8 @@ def _options(spec: Comparison) -> list[tuple[str, str]]:
 
 
 def _own(task: TaskEntry) -> dict[str, Any]:
-    return {} if task.budget is None else {"budget": f"{task.budget:g}"}
+    budget = {} if task.budget is None else {"budget": f"{task.budget:g}"}
+    return budget | ({} if task.lr_factor == 1 else {"lr_factor": f"{task.lr_factor:g}"})
 
 
 def _stated(options: dict[str, Any]) -> str:

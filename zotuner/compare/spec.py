@@ -29,6 +29,7 @@ PLACES = {  # options of a run that are not stated as such: what states them
     "max_seconds": "budget",
 }
 EVALUATIONS = "evaluations"  # on dev, spread evenly over a budget of forwards: stands for eval_every
+OF_A_TASK = ("task", "budget", "lr_factor")  # what an entry of a task states beside options
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # becomes the name of a folder
 
 
@@ -50,8 +51,8 @@ def _options(value: Any, *more: str) -> Any:
 
 def _task(value: Any) -> Any:
     """`sst2` is short for `{task: sst2}`."""
-    mapping = {"task": value} if isinstance(value, str) else _options(value, "task", "budget", EVALUATIONS)
-    own = {"task": mapping.get("task"), "budget": mapping.get("budget")}
+    mapping = {"task": value} if isinstance(value, str) else _options(value, *OF_A_TASK, EVALUATIONS)
+    own = {"task": None} | {key: mapping[key] for key in OF_A_TASK if key in mapping}
     return {"options": {key: item for key, item in mapping.items() if key not in own}, **own}
 
 
@@ -123,11 +124,12 @@ class Budget(_Frozen):
 
 
 class TaskEntry(_Frozen):
-    """A task, options for it, and what its runs may spend, where that is not what others may."""
+    """A task, options for it, what its runs may spend, where that is not what others may, and a factor of their lr."""
 
     task: Name
     options: Options
     budget: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lr_factor: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class MethodEntry(_Frozen):
