@@ -51,7 +51,7 @@ def test_a_task_of_generated_answers_is_tuned_and_judged_by_f1_and_em(model_dir:
     summary = summary_of(run)
     assert list(summary["final"]) == list(summary["zero_shot"]) == ["loss", "f1", "em"]
     assert summary["task"] == "capitals"
-    assert all(row.keys() == {"step", "forwards", "tokens", "seconds", "loss"} for row in evals_of(run))
+    assert all(row.keys() == {"step", "forwards", "tokens", "seconds", "loss", "loss_error"} for row in evals_of(run))
 
 
 def test_the_report_names_each_runs_metric(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,12 @@
 """Loss and metrics over a set of examples, batched by length."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import stdev
 from typing import Any
 
 import torch
 
+from zotuner.metrics import standard_error
 from zotuner.objective import Objective
 from zotuner.tasks import Example
 
@@ -28,10 +27,8 @@ class Evaluation:
 
     @property
     def loss_error(self) -> float:
-        """Standard error of the loss over the examples; NaN of a single one, or where a loss is not finite."""
-        if len(self.losses) < 2 or not all(map(math.isfinite, self.losses)):
-            return math.nan
-        return stdev(self.losses) / math.sqrt(len(self.losses))
+        """Standard error of the loss over the examples."""
+        return standard_error(self.losses)
 
 
 @torch.no_grad()

@@ -155,8 +155,8 @@ def _run(
 
     def tested(title: str, state: str) -> dict[str, float]:
         came = evaluated(setup.splits.test, title, state, answers=True)
-        answers = came.answers or [""] * len(came.losses)
-        rows = [{"loss": loss, "answer": answer} for loss, answer in zip(came.losses, answers, strict=True)]
+        assert came.answers is not None
+        rows = [{"loss": loss, "answer": answer} for loss, answer in zip(came.losses, came.answers, strict=True)]
         write_rows(config.out / PREDICTIONS, rows)
         return came.figures
 

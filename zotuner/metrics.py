@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
+from statistics import stdev
 from typing import IO, Any, Self
 
 from zotuner.errors import ZotunerError
@@ -12,6 +13,13 @@ from zotuner.files import write_atomically
 
 COUNTS = ("step", "forwards", "tokens", "seconds")  # of a row of evals.jsonl
 ASIDE = (*COUNTS, "loss_error")  # likewise; the rest are the loss and metrics
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; NaN for fewer than two, and where one is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    return stdev(values) / math.sqrt(len(values))
 
 
 def jsonable(value: Any) -> Any:

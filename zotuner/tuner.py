@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from zotuner.blocks import Block, Piece, find_blocks, moments
+from zotuner.blocks import Block, Piece, find_blocks, hosts_of, moments
 from zotuner.card import adapter_line, card
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
@@ -229,6 +229,17 @@ class Tuner:
                 "use a tuner of this model's base, or meta-train one"
             )
         return torch.tensor([self._position[block.name] for block in blocks])
+
+    def hosts_for(self, model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, ...]:
+        """Of which block's net and statistics each of a model's blocks makes use.
+
+        That is itself; but if the tuner does not know all of them, as what an adapter adds to a layer, what they
+        were added to (`hosts_of`).
+        """
+        sizes = {block.name: block.numel for block in self.info.blocks}
+        if all(sizes.get(block.name) == block.numel for block in blocks):
+            return tuple(blocks)
+        return hosts_of(model, blocks, self.granularity)
 
     def numels_for(self, model: nn.Module, blocks: Sequence[Block]) -> Tensor:
         """What the normalisation counts of each block, d_i: (n,) int64.

@@ -13,6 +13,7 @@ from typing import Literal
 
 from zotuner.compare.spec import Budget, Comparison, Unit
 from zotuner.compare.state import Point, Status
+from zotuner.metrics import standard_error
 
 Edge = Literal["", "lowest", "highest", "only"]
 SHARES = ("accuracy", "em")  # metrics that are a share of the examples
@@ -210,13 +211,6 @@ def _row(
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Of their mean; NaN for fewer than two, and where one is not finite."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return math.nan
-    return stdev(values) / math.sqrt(len(values))
 
 
 def _gap(mine: Mapping[int, Status], base: Mapping[int, Status]) -> Spread | None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from zotuner.block_types import block_types, layer_of
-from zotuner.blocks import find_blocks, hosts_of
+from zotuner.blocks import find_blocks
 from zotuner.errors import ZotunerError
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import FEATURES, FeatureSpec, normalize
@@ -113,7 +113,7 @@ def sigmas(tuner: Tuner, model: Any = None) -> Sigmas:
         features = torch.tensor([row] * len(names))
     else:
         blocks = find_blocks(model, tuner.granularity)
-        hosts = hosts_of(model, blocks, tuner.granularity) if info.adapter is None else blocks
+        hosts = tuner.hosts_for(model, blocks)
         nets, numels = tuner.nets_for(hosts), tuner.numels_for(model, blocks)
         names, features = tuple(b.name for b in blocks), features_of(hosts, (0.0, 0.0), [1.0] * len(blocks))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from zotuner.blocks import Block, hosts_of, moments
+from zotuner.blocks import Block, moments
 from zotuner.optim.base import Estimator, ZOOptimizer
 from zotuner.optim.estimators import TwoPoint
 from zotuner.pertnn import normalize
@@ -47,7 +47,7 @@ class Learned:
 
     def __init__(self, tuner: Tuner, model: nn.Module, blocks: Sequence[Block], normalized: bool = True) -> None:
         self._tuner = tuner
-        self._hosts = hosts_of(model, blocks, tuner.granularity) if tuner.info.adapter is None else tuple(blocks)
+        self._hosts = tuner.hosts_for(model, blocks)
         self._nets = tuner.nets_for(self._hosts)
         self._numels = tuner.numels_for(model, blocks)
         self._normalized = normalized
