@@ -1,6 +1,5 @@
-"""Meta-training: its gradient is autograd's, its walk is reproducible, its tuner learns."""
+"""Meta-training: its gradient is autograd's, its tuner learns."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch.func import functional_call
 from zotuner import noise
 from zotuner.blocks import find_blocks, moments
 from zotuner.config import MetaTrainConfig
-from zotuner.errors import ZotunerError
 from zotuner.expected import MEMORY, Expected, Profile, Profiles, Remembered, gain, minus_log_gain, profile
 from zotuner.gradients import block_dots
 from zotuner.meta import MetaTrainer
@@ -22,7 +20,7 @@ from zotuner.pertnn import FeatureSpec, normalize
 from zotuner.perturb import Draw, Perturber
 from zotuner.sampled import Sampled, virtual_step
 from zotuner.tasks import Example
-from zotuner.trajectory import Point, Recorded, Walk
+from zotuner.trajectory import Point
 from zotuner.tuner import Tuner
 from zotuner.visit import Loss, Visit
 
@@ -385,71 +383,3 @@ def test_the_virtual_steps_lr_is_drawn_from_its_range() -> None:
     assert 8.0 < max(drawn) <= 10.0
     assert 0.7 < torch.tensor(drawn).median() < 1.4
     assert Sampled(model, find_blocks(model), config(inner_lr=0.5)).inner_lr(3) == 0.5
-
-
-# Trajectories
-
-EXAMPLES = tuple(Example(str(i), ("a", "b"), 0) for i in range(20))
-
-
-def walk(model: nn.Module, folder: Path, **options: Any) -> Walk:
-    settings: dict[str, Any] = {"optimizer": "adam", "lr": 0.01, "reset_every": 3, "batch_size": 4, "seed": 1}
-    return Walk(model, lambda *_: loss_of(model), {"t": EXAMPLES, "u": EXAMPLES}, folder, **settings | options)
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_reset_brings_the_starting_weights_and_a_fresh_optimizer(tmp_path: Path, optimizer: str) -> None:
-    model = Net()
-    seen = []
-    for point in walk(model, tmp_path / "t", optimizer=optimizer).points(7):
-        seen.append((point.position, torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])))
-    assert [position for position, _ in seen] == [0, 1, 2, 0, 1, 2, 0]
-    assert torch.equal(seen[0][1], seen[3][1])
-    assert torch.equal(seen[1][1], seen[4][1])  # the loss is the same one: a fresh optimizer repeats its steps
-    assert not torch.equal(seen[0][1], seen[1][1])
-
-
-def test_each_round_visits_every_task_in_an_order_of_its_own(tmp_path: Path) -> None:
-    tasks = [point.task for point in walk(Net(), tmp_path / "t").points(40)]
-    rounds = [tuple(tasks[i : i + 2]) for i in range(0, 40, 2)]
-    assert set(rounds) == {("t", "u"), ("u", "t")}
-
-
-def test_a_second_batch_shares_no_example_with_the_first(tmp_path: Path) -> None:
-    model = Net()
-    for point in walk(model, tmp_path).points(6):
-        assert len(point.others) == len(point.examples) == 4
-        assert not set(point.others) & set(point.examples)
-
-
-def test_a_recorded_trajectory_is_visited_at_the_same_points(tmp_path: Path) -> None:
-    model = Net()
-    walked = [
-        (
-            point.position,
-            point.task,
-            point.examples,
-            torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]),
-        )
-        for point in walk(model, tmp_path / "t", snapshot_every=2).points(5)
-    ]
-    rows = [json.loads(line) for line in (tmp_path / "t" / "points.jsonl").read_text().splitlines()]
-    assert [row["number"] for row in rows] == [0, 1, 2, 3, 4]
-    assert all(isinstance(row["loss"], float) for row in rows)
-    visited = Recorded(model, {"t": EXAMPLES, "u": EXAMPLES}, tmp_path / "t").points(4)
-    for (position, task, examples, weights), point in zip([*walked[::2], walked[0]], visited, strict=True):
-        assert (position, task, examples) == (point.position, point.task, point.examples)
-        assert torch.equal(weights, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
-
-
-def test_a_record_without_weights_is_refused(tmp_path: Path) -> None:
-    list(walk(Net(), tmp_path / "t").points(2))
-    with pytest.raises(ZotunerError, match="--snapshot-every"):
-        Recorded(Net(), {"t": EXAMPLES, "u": EXAMPLES}, tmp_path / "t")
-
-
-def test_a_record_whose_weights_went_missing_names_the_file(tmp_path: Path) -> None:
-    list(walk(Net(), tmp_path / "t", snapshot_every=1).points(2))
-    (tmp_path / "t" / "point-000001.safetensors").unlink()
-    with pytest.raises(ZotunerError, match=r"point-000001\.safetensors"):
-        Recorded(Net(), {"t": EXAMPLES, "u": EXAMPLES}, tmp_path / "t")

@@ -29,6 +29,7 @@ from zotuner.errors import ZotunerError
 from zotuner.meta import MetaTrainer
 from zotuner.models import load_model, weights_sha256
 from zotuner.optim import ZOFineTuner
+from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import FEATURES
 from zotuner.pickled import Evaluation, Limits
 from zotuner.pth import read_pth
@@ -659,6 +660,7 @@ def test_the_optimizer_and_meta_training_keep_one_budget(rows: int | None) -> No
     opt = ZOFineTuner(model, tuner, lr=0.0)
     trainer = MetaTrainer(model, tuner, MetaTrainConfig(model="m", out=Path("o")))
     scales = trainer.scales("copa").detach()
+    raw = tuner.scales(features_of(opt.blocks, (0.0, 0.0), [1.0] * len(opt.blocks)))
     opt.step(closure(model))
     assert opt.last is not None
     assert opt.last.scales is not None
@@ -667,6 +669,7 @@ def test_the_optimizer_and_meta_training_keep_one_budget(rows: int | None) -> No
     if rows:
         d[0] = rows * 16
     assert float((d * scales**2).sum()) == pytest.approx(float(d.sum()), rel=1e-12)
+    torch.testing.assert_close(scales / scales[0], raw.double() / raw[0].double())
 
 
 def test_the_budget_changes_the_step_by_one_factor() -> None:

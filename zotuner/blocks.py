@@ -30,7 +30,6 @@ WRAPPERS = re.compile(
     r"|(?<=\.)(?:base_layer|modules_to_save\.default)\."
 )
 
-
 # What peft adds to a layer, behind the layer's name.
 ADDED = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|ia3_l)(?:\..*)?$")
 

@@ -216,11 +216,11 @@ class Tuner:
         """
         wrong = []
         for block in blocks:
-            at = self._position.get(block.name)
-            if at is None:
+            known = self._numel(block.name)
+            if known is None:
                 wrong.append(f"{block.name} ({block.numel} elements; the tuner does not know it)")
-            elif self.info.blocks[at].numel != block.numel:
-                wrong.append(f"{block.name} ({block.numel} elements; the tuner has {self.info.blocks[at].numel})")
+            elif known != block.numel:
+                wrong.append(f"{block.name} ({block.numel} elements; the tuner has {known})")
         if wrong:
             more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
             raise ZotunerError(
@@ -236,10 +236,14 @@ class Tuner:
         That is itself; but if the tuner does not know all of them, as what an adapter adds to a layer, what they
         were added to (`hosts_of`).
         """
-        sizes = {block.name: block.numel for block in self.info.blocks}
-        if all(sizes.get(block.name) == block.numel for block in blocks):
+        if all(self._numel(block.name) == block.numel for block in blocks):
             return tuple(blocks)
         return hosts_of(model, blocks, self.granularity)
+
+    def _numel(self, name: str) -> int | None:
+        """Elements of the block of that name which the tuner was made for; None: of none."""
+        at = self._position.get(name)
+        return None if at is None else self.info.blocks[at].numel
 
     def numels_for(self, model: nn.Module, blocks: Sequence[Block]) -> Tensor:
         """What the normalisation counts of each block, d_i: (n,) int64.
