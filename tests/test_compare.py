@@ -437,7 +437,7 @@ def test_names_in_the_page_are_text_whatever_they_hold(compared: Any) -> None:
     assert "&lt;script&gt;alert" in html
 
 
-def test_the_results_are_written_as_json_text_and_page(compared: Any, tmp_path: Path) -> None:
+def test_the_results_are_written_as_json_text_page_and_pictures(compared: Any, tmp_path: Path) -> None:
     results = results_of(compared)
     write(results, tmp_path, jobs=1)
     document = json.loads((tmp_path / "results.json").read_text())
@@ -448,13 +448,18 @@ def test_the_results_are_written_as_json_text_and_page(compared: Any, tmp_path: 
     assert "0.004 (edge)" in table
     assert "too narrow" in table
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    pictures = [(tmp_path / name).read_bytes() for name in ("curves.png", "lr.png")]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert pictures[0] != pictures[1]
 
 
 def test_a_report_of_nothing_done_yet_is_made_too(tmp_path: Path) -> None:
     runs = planned(file := yaml_file(tmp_path), tmp_path / "out")
     results = collect(Comparison.read(file), runs)
     assert "28 of 28 runs are not done" in results.remarks[-2]
-    assert "28 runs: 28 to do." in page(results, jobs=1)
+    write(results, tmp_path, jobs=1)
+    assert "28 runs: 28 to do." in (tmp_path / "report.html").read_text()
+    assert not list(tmp_path.glob("*.png"))  # there is nothing to see
     assert tables_of(results)
 
 

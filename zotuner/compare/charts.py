@@ -1,6 +1,10 @@
-"""Charts of one task as SVG to stand within a page: no outside reference, and the page's own colour for text."""
+"""Charts: of one task as SVG to stand within a page, of all tasks as PNG to stand anywhere.
+
+The SVG has no outside reference, and the page's own colour for text.
+"""
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8c8c8c")
 INK = "#010203"  # drawn with, and then replaced by the page's text colour
 DRAWN_IN_INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+PER_ROW = 4  # tasks in a picture of all
 HEADROOM = 0.25  # of the fall of the loss: what is shown above the start; runs that diverge leave the chart
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
@@ -35,17 +40,50 @@ def task_chart(rows: Sequence[Row], colors: Mapping[str, str], unit: Unit) -> st
     with mpl.rc_context(style):
         figure = Figure(figsize=(10.5, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        drawn = [row for row in rows if any(len(curve) > 1 for curve in row.curves.values())]
-        _draw_curves(left, drawn, colors, unit)
+        drawn = _with_curves(rows)
+        _draw_curves(left, rows, colors, unit)
         _draw_grids(right, rows, colors)
-        start = [curve[0].loss for row in drawn for curve in row.curves.values()]
-        low = [point.loss for row in drawn for curve in row.curves.values() for point in curve]
-        _limit(left, low, start)
-        _limit(right, [tried.dev.mean for row in rows for tried in row.tried if tried.dev], start)
+        left.set_title("the chosen lr of each method")
+        right.set_title("each lr of the grids")
         if drawn:
             handles, labels = left.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
         return _svg(figure)
+
+
+def overview(
+    tasks: Mapping[str, Sequence[Row]], colors: Mapping[str, str], unit: Unit, *, grids: bool = False
+) -> bytes | None:
+    """A panel a task as PNG: dev loss against what it cost, or, with `grids`, the best one of every lr.
+
+    None where no run has come to a second evaluation yet.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    drawn = {task: rows for task, rows in tasks.items() if _with_curves(rows)}
+    if not drawn:
+        return None
+    across = min(PER_ROW, len(drawn))
+    down = math.ceil(len(drawn) / across)
+    figure = Figure(figsize=(3.4 * across, 2.7 * down + 0.5), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes, (task, rows) in zip(panels, drawn.items(), strict=False):
+        if grids:
+            _draw_grids(axes, rows, colors)
+        else:
+            _draw_curves(axes, rows, colors, unit)
+        axes.set_title(task)
+        axes.set_ylabel("")
+    for axes in panels[len(drawn) :]:
+        axes.set_axis_off()
+    methods = dict.fromkeys(row.method for rows in drawn.values() for row in _with_curves(rows))
+    handles = [Line2D([], [], color=colors[method], marker="o", ms=3, label=method) for method in methods]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
+    figure.supylabel("best dev loss" if grids else "dev loss", fontsize="medium")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def mean_curve(curves: Sequence[Sequence[Point]], unit: Unit) -> Curve:
@@ -59,38 +97,58 @@ def mean_curve(curves: Sequence[Sequence[Point]], unit: Unit) -> Curve:
     return places, values.mean(axis=0), std
 
 
+def _with_curves(rows: Sequence[Row]) -> list[Row]:
+    """Those of which a line can be drawn."""
+    return [row for row in rows if any(len(curve) > 1 for curve in row.curves.values())]
+
+
 def _draw_curves(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str], unit: Unit) -> None:
-    for row in rows:
+    for row in _with_curves(rows):
         x, mean, std = mean_curve([curve for curve in row.curves.values() if len(curve) > 1], unit)
         label = row.method if row.lr is None else f"{row.method}, lr {row.lr:g}"
         axes.plot(x, mean, "o-", ms=3, color=colors[row.method], label=label)
         if len(row.curves) > 1:
             axes.fill_between(x, mean - std, mean + std, color=colors[row.method], alpha=0.2, linewidth=0)
-    axes.set(xlabel=unit, ylabel="dev loss", title="the chosen lr of each method")
+    axes.set(xlabel=unit, ylabel="dev loss")
     axes.grid(alpha=0.3)
+    _limit(axes, [point.loss for row in rows for curve in row.curves.values() for point in curve], rows)
 
 
 def _draw_grids(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str]) -> None:
     """The best loss on dev of each lr, a star on the chosen one; crosses at the top are lrs that failed."""
+    lrs: list[float] = []
     for row in rows:
         known = [(tried.lr, tried.dev) for tried in row.tried if tried.lr is not None and tried.dev is not None]
+        failed = [tried.lr for tried in row.tried if tried.failed and tried.lr is not None]
         color = colors[row.method]
         x, y = [lr for lr, _ in known], [dev.mean for _, dev in known]
         axes.errorbar(x, y, [dev.std or 0.0 for _, dev in known], fmt="o-", ms=4, color=color, capsize=2)
         chosen = [(lr, dev.mean) for lr, dev in known if lr == row.lr]
         if chosen:
             axes.plot(*zip(*chosen, strict=True), "*", ms=14, color=color, clip_on=False)
-        failed = [tried.lr for tried in row.tried if tried.failed and tried.lr is not None]
         if failed:
             axes.plot(failed, [0.97] * len(failed), "x", color=color, transform=axes.get_xaxis_transform())
-    if axes.lines:
-        axes.set_xscale("log")
-    axes.set(xlabel="lr", ylabel="best dev loss", title="each lr of the grids")
+        lrs += x + failed
+    if lrs:
+        _log_scale(axes, lrs)
+    axes.set(xlabel="lr", ylabel="best dev loss")
     axes.grid(alpha=0.3)
+    _limit(axes, [tried.dev.mean for row in rows for tried in row.tried if tried.dev], rows)
 
 
-def _limit(axes: "Axes", values: Sequence[float], start: Sequence[float]) -> None:
+def _log_scale(axes: "Axes", lrs: Sequence[float]) -> None:
+    """Few labels, and more than one where the lrs lie within a decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if max(lrs) > 30 * min(lrs) else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _limit(axes: "Axes", values: Sequence[float], rows: Sequence[Row]) -> None:
     """Cuts the chart a little above the loss that all started from."""
+    start = [curve[0].loss for row in _with_curves(rows) for curve in row.curves.values()]
     known = [value for value in values if np.isfinite(value)]
     if known and start and min(known) < max(start):
         fall = max(start) - min(known)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 
-from zotuner.compare.charts import COLORS, task_chart
+from zotuner.compare.charts import COLORS, overview, task_chart
 from zotuner.compare.figures import Row, Standing, rows_of, standings_of
 from zotuner.compare.plan import Planned
 from zotuner.compare.spec import Comparison, TaskEntry
@@ -28,6 +28,7 @@ from zotuner.metrics import write_json
 from zotuner.progress import PIPE_WIDTH
 
 RESULTS, TABLE, PAGE = "results.json", "table.txt", "report.html"
+CURVES, GRIDS = "curves.png", "lr.png"
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,17 @@ def collect(spec: Comparison, planned: Sequence[Planned]) -> Results:
 
 
 def write(results: Results, out: Path, jobs: int) -> None:
-    """Writes the three files into a comparison's folder, each whole or not at all."""
+    """Writes tables, page and pictures into a comparison's folder, each file whole or not at all."""
     write_json(out / RESULTS, _document(results))
     buffer = io.StringIO()
     Console(file=buffer, width=PIPE_WIDTH).print(tables_of(results), highlight=False, markup=False)
     write_atomically(out / TABLE, "".join(line.rstrip() + "\n" for line in buffer.getvalue().splitlines()))
     write_atomically(out / PAGE, page(results, jobs))
+    tasks = {task.task: _rows_of(results, task) for task in results.spec.tasks}
+    for name, grids in ((CURVES, False), (GRIDS, True)):
+        picture = overview(tasks, _colors(results.spec), results.spec.budget.unit, grids=grids)
+        if picture is not None:
+            write_atomically(out / name, picture)
 
 
 def tables_of(results: Results) -> Group:
@@ -74,10 +80,9 @@ def page(results: Results, jobs: int) -> str:
     environment = Environment(
         loader=PackageLoader("zotuner.compare", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    colors = {name: COLORS[place % len(COLORS)] for place, name in enumerate(spec.methods)}
-    tasks = []
+    colors, tasks = _colors(spec), []
     for task in spec.tasks:
-        rows = [row for row in results.rows if row.task == task.task]
+        rows = _rows_of(results, task)
         names = headings(spec, rows)
         tasks.append(
             {
@@ -102,6 +107,14 @@ def page(results: Results, jobs: int) -> str:
         versions=_versions(results.statuses),
         statuses=results.statuses,
     )
+
+
+def _rows_of(results: Results, task: TaskEntry) -> list[Row]:
+    return [row for row in results.rows if row.task == task.task]
+
+
+def _colors(spec: Comparison) -> dict[str, str]:
+    return {name: COLORS[place % len(COLORS)] for place, name in enumerate(spec.methods)}
 
 
 def _document(results: Results) -> dict[str, Any]:
