@@ -40,13 +40,12 @@ def task_chart(rows: Sequence[Row], colors: Mapping[str, str], unit: Unit) -> st
     with mpl.rc_context(style):
         figure = Figure(figsize=(10.5, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        drawn = _with_curves(rows)
         _draw_curves(left, rows, colors, unit)
         _draw_grids(right, rows, colors)
         left.set_title("the chosen lr of each method")
         right.set_title("each lr of the grids")
-        if drawn:
-            handles, labels = left.get_legend_handles_labels()
+        handles, labels = left.get_legend_handles_labels()
+        if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
         return _svg(figure)
 
@@ -103,7 +102,8 @@ def _with_curves(rows: Sequence[Row]) -> list[Row]:
 
 
 def _draw_curves(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str], unit: Unit) -> None:
-    for row in _with_curves(rows):
+    drawn = _with_curves(rows)
+    for row in drawn:
         x, mean, std = mean_curve([curve for curve in row.curves.values() if len(curve) > 1], unit)
         label = row.method if row.lr is None else f"{row.method}, lr {row.lr:g}"
         axes.plot(x, mean, "o-", ms=3, color=colors[row.method], label=label)
@@ -111,7 +111,7 @@ def _draw_curves(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str], u
             axes.fill_between(x, mean - std, mean + std, color=colors[row.method], alpha=0.2, linewidth=0)
     axes.set(xlabel=unit, ylabel="dev loss")
     axes.grid(alpha=0.3)
-    _limit(axes, [point.loss for row in rows for curve in row.curves.values() for point in curve], rows)
+    _limit(axes, [point.loss for row in drawn for curve in row.curves.values() for point in curve], drawn)
 
 
 def _draw_grids(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str]) -> None:
