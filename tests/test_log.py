@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from zotuner.block_types import block_types
+from zotuner.block_types import block_types, first_alike
 from zotuner.cli import main
 from zotuner.errors import ZotunerError
 from zotuner.files import OWNER, locked
@@ -284,6 +284,15 @@ def test_a_type_is_named_by_what_follows_the_layer_where_that_is_its_own(names: 
     found = block_types(names)
     assert list(found) == labels
     assert sorted(i for members in found.values() for i in members) == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    ("bands", "firsts"),
+    [(None, [0, 1, 2, 3, 4, 5, 6]), (1, [0, 2, 2, 2, 2, 2, 6]), (2, [0, 3, 2, 3, 2, 2, 6]), (9, [0, 1, 2, 3, 4, 5, 6])],
+)
+def test_blocks_are_alike_by_type_and_part_of_the_depth(bands: int | None, firsts: list[int]) -> None:
+    names = ["emb", *(f"h.{i}.q" for i in (4, 0, 3, 1, 2)), "norm"]
+    assert first_alike(names, bands) == firsts
 
 
 def test_scales_are_shown_by_type_at_the_first_and_the_last_recorded_step(

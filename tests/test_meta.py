@@ -86,7 +86,7 @@ def test_the_block_dot_meta_gradient_is_autograds(architecture: Any, normalized:
     tuner.bank.double()
     settings = config(architecture=architecture, normalized=normalized, draws=draws, outer_lr=1.0)
     trainer = MetaTrainer(model, tuner, settings)
-    trainer._outer = torch.optim.SGD(tuner.bank.parameters(), lr=1.0)  # the step is the gradient itself
+    trainer._outer = torch.optim.SGD(trainer._bank.parameters(), lr=1.0)  # the step is the gradient itself
     before = {name: p.detach().clone() for name, p in tuner.bank.named_parameters()}
     expected = whole_graph_gradient(model, tuner, settings)
     row = visit(trainer, lambda: loss_of(model), number=6)
@@ -224,6 +224,42 @@ def test_at_the_end_of_a_round_the_nets_learn_of_all_points_from_where_they_bega
     trained_bank(tuner)
     trainer.end_round(8)
     assert all(torch.equal(tensor, learned[name]) for name, tensor in trainer.nets().items())
+
+
+class Deep(nn.Module):
+    """Four layers of two parameters, and one outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Parameter(torch.full((3,), 0.1))
+        self.layers = nn.ModuleList(nn.ParameterDict({k: torch.full((n,), 0.1) for k, n in SIZES}) for n in range(4))
+
+    def forward(self, sign: float) -> Tensor:
+        """The gradient of each layer's `q` lasts, that of all else comes and goes."""
+        return sum((x["q"].sum() + sign * x["v"].sum() for x in self.layers), sign * self.out.sum())
+
+
+SIZES = (("q", 5), ("v", 6))
+
+
+@pytest.mark.filterwarnings("ignore:.*read outside")
+@pytest.mark.parametrize("meta_loss", ["sampled", "expected"])
+def test_blocks_of_one_type_in_one_band_learn_one_net_together(meta_loss: Any) -> None:
+    model = Deep()
+    tuner = Tuner.for_model(model, "exp", seed=5)
+    trainer = MetaTrainer(model, tuner, config(outer_lr=1e-2, bands=2, meta_loss=meta_loss, draws=1))
+    for number in range(12):
+        visit(trainer, partial(model, (1, 1, -1, -1)[number % 4]), number=number, position=number)
+    trainer.end_round(12)
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for name, weights in zip(tuner.block_names, tuner.bank.w2.detach(), strict=True):
+        groups.setdefault(tuple(weights.tolist()), []).append(name)
+    pairs = [[f"layers.{low}.{kind}", f"layers.{low + 1}.{kind}"] for low in (0, 2) for kind in "qv"]
+    assert sorted(groups.values()) == sorted([["out"], *pairs])
+    again = MetaTrainer(model, Tuner.for_model(model, "exp", seed=5), config(bands=2, meta_loss=meta_loss, draws=1))
+    again.restore(*trainer.state())
+    assert all(torch.equal(tensor, trainer.nets()[name]) for name, tensor in again.nets().items())
+    assert torch.equal(again._tuner.bank.w1, tuner.bank.w1)
 
 
 def test_a_profile_holds_energy_signal_and_curvature_of_each_block() -> None:

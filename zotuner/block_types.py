@@ -1,4 +1,4 @@
-"""The types that blocks are of, by their names."""
+"""The types that blocks are of, and where in a model they lie, by their names."""
 
 import re
 from collections.abc import Sequence
@@ -37,3 +37,25 @@ def block_types(names: Sequence[str]) -> dict[str, list[int]]:
         label[key] if taken.count(label[key]) == 1 else whole[key]: [index for _, index in sorted(members)]
         for key, members in groups.items()
     }
+
+
+def first_alike(names: Sequence[str], bands: int | None) -> list[int]:
+    """Of each block, the number of the first block of its type that lies in the same part of the model's depth.
+
+    Args:
+        names: Of blocks.
+        bands: Equal parts that the layers are cut into; None: every block is for itself.
+
+    >>> first_alike(["emb.weight", "h.0.q.weight", "h.0.k.weight", "h.1.q.weight", "h.1.k.weight"], 1)
+    [0, 1, 2, 1, 2]
+    """
+    if bands is None:
+        return list(range(len(names)))
+    layers = [layer_of(name) or 0 for name in names]
+    depth = max(layers, default=0) + 1
+    alike = list(range(len(names)))
+    for members in block_types(names).values():
+        first: dict[int, int] = {}
+        for index in members:
+            alike[index] = first.setdefault(layers[index] * bands // depth, index)
+    return alike

@@ -283,6 +283,12 @@ class MetaTrainConfig(Config):
     noise: KIND = Field("rademacher", description="of the virtual step")
     architecture: Literal["abs", "exp"] = Field("exp", description="abs: the paper's; exp: starts at sigma = 1")
     granularity: Literal["block", "layer"] = Field("block", description="what shares a PertNN")
+    bands: int | None = Field(
+        None,
+        ge=1,
+        description="cut the layers into so many parts; blocks of one type in one part learn one PertNN together; "
+        "default: each its own",
+    )
     normalized: bool = Field(True, description="keep the Frobenius budget of the perturbation")
     meta_loss: Literal["sampled", "expected"] = Field(
         "sampled", description="after one virtual step (the paper's), or the gain expected of a step at its best lr"

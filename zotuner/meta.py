@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotuner.block_types import block_types
+from zotuner.block_types import block_types, first_alike
 from zotuner.blocks import find_blocks
 from zotuner.config import MetaTrainConfig
 from zotuner.expected import Expected
 from zotuner.optim.zo_finetuner import features_of
-from zotuner.pertnn import normalize
+from zotuner.pertnn import PertNNBank, normalize
 from zotuner.sampled import Sampled
 from zotuner.snapshot import optimizer_groups, optimizer_tensors, restore_optimizer, under
 from zotuner.tuner import Tuner
@@ -47,11 +47,17 @@ class MetaTrainer:
     Args:
         model: At the trajectory's weights whenever `update` is called.
         tuner: Whose nets are trained.
-        config: Which meta-loss and its options, outer learning rate, normalisation.
+        config: Which meta-loss and its options, outer learning rate, normalisation, which blocks share a net.
     """
 
     def __init__(self, model: nn.Module, tuner: Tuner, config: MetaTrainConfig) -> None:
         self.blocks = find_blocks(model, tuner.granularity)
+        names = [block.name for block in self.blocks]
+        alike = first_alike(names, config.bands)
+        learned = sorted(set(alike))
+        self._of_block = torch.tensor([learned.index(first) for first in alike])  # (n,) which net each block has
+        assert isinstance(tuner.bank, PertNNBank)
+        self._bank = tuner.bank.chosen(learned)
         self._tuner, self._normalized = tuner, config.normalized
         self._numels = tuner.numels_for(model, self.blocks)
         self._meta_loss: MetaLoss
@@ -60,9 +66,10 @@ class MetaTrainer:
         else:
             self._meta_loss = Sampled(model, self.blocks, config)
         self._outer_lr, self._fresh = config.outer_lr, self.nets()
-        self._outer = torch.optim.Adam(tuner.bank.parameters(), lr=config.outer_lr)
+        self._outer = torch.optim.Adam(self._bank.parameters(), lr=config.outer_lr)
         self._told: dict[str, _Told] = {}  # of each task
-        self._types = block_types([block.name for block in self.blocks])
+        self._types = block_types(names)
+        self._deliver()
 
     def update(self, visit: Visit) -> dict[str, Any]:
         """What a point says, and an outer step if it is to be learned at once. Position 0: inputs begin anew.
@@ -75,7 +82,7 @@ class MetaTrainer:
             self._told.clear()
         inputs = self._inputs(task)
         with torch.no_grad():
-            raw = self._tuner.bank(inputs)
+            raw = self._bank(inputs, self._of_block)
         scales = self._normalize(raw)
         found = self._meta_loss.visit(visit, inputs, scales)
         if not self._meta_loss.anew:
@@ -89,7 +96,7 @@ class MetaTrainer:
         """To be called after so many points, before the model begins anew and at the end."""
         if self._meta_loss.anew:
             self.take_nets(self._fresh)
-            self._outer = torch.optim.Adam(self._tuner.bank.parameters(), lr=self._outer_lr)
+            self._outer = torch.optim.Adam(self._bank.parameters(), lr=self._outer_lr)
             self._learn(number)
 
     def _learn(self, number: int) -> None:
@@ -97,6 +104,7 @@ class MetaTrainer:
             self._outer.zero_grad()
             objective.backward()
             self._outer.step()
+        self._deliver()
 
     def _spread(self, scales: Tensor) -> dict[str, Any]:
         """How sigma~ differs between blocks."""
@@ -132,12 +140,17 @@ class MetaTrainer:
         self._meta_loss.restore(under("meta_loss.", tensors), state["meta_loss"])
 
     def nets(self) -> dict[str, Tensor]:
-        """A copy of the nets as they are."""
-        return {name: tensor.clone() for name, tensor in self._tuner.bank.state_dict().items()}
+        """A copy of the nets that are learned, as they are."""
+        return {name: tensor.clone() for name, tensor in self._bank.state_dict().items()}
 
     def take_nets(self, nets: dict[str, Tensor]) -> None:
         """Takes back what `nets` gave."""
-        self._tuner.bank.load_state_dict(nets)
+        self._bank.load_state_dict(nets)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Gives each of the tuner's blocks the net that it shares."""
+        self._tuner.bank.load_state_dict(self._bank.chosen(self._of_block.tolist()).state_dict())
 
     def scales(self, task: str) -> Tensor:
         """(n,) sigma~ at the next point of a task, with its graph into the PertNNs."""
@@ -150,7 +163,7 @@ class MetaTrainer:
 
     def _scales(self, inputs: Tensor) -> Tensor:
         """(..., n) sigma~ of what the nets see (..., n, 5), with the graph into them."""
-        return self._normalize(self._tuner.bank(inputs))
+        return self._normalize(self._bank(inputs, self._of_block))
 
     def _normalize(self, raw: Tensor) -> Tensor:
         return normalize(raw, self._numels) if self._normalized else raw.double()

@@ -7,6 +7,7 @@ Source: ZO Fine-tuner, arXiv:2510.00419: Linear(5, 64) - Tanh - Linear(64, 1), a
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -125,11 +126,17 @@ class PertNNBank(nn.Module):
                 self.w2.zero_()
                 self.b2.zero_()
 
+    def chosen(self, nets: Sequence[int]) -> "PertNNBank":
+        """A bank of its own with copies of the nets of these numbers, in this order."""
+        bank = PertNNBank(len(nets), self.architecture)
+        bank.load_state_dict({name: tensor[list(nets)] for name, tensor in self.state_dict().items()}, assign=True)
+        return bank
+
     def forward(
         self,
-        x: Tensor,  # (m, 5), or (..., blocks, 5)
+        x: Tensor,  # (m, 5), or (..., m, 5)
         nets: Tensor | None = None,  # (m,) which net each row goes to; None: all, in order
-    ) -> Tensor:  # (m,) or (..., blocks): raw sigma
+    ) -> Tensor:  # (m,) or (..., m): raw sigma
         w1, b1, w2, b2 = (p if nets is None else p[nets] for p in (self.w1, self.b1, self.w2, self.b2))
         # elementwise, not as a matrix product, whose last bits depend on where its operands lie in memory
         hidden = torch.tanh((w1 * x.to(w1.dtype)[..., None, :]).sum(dim=-1) + b1)

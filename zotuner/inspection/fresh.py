@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zotuner.block_types import first_alike
 from zotuner.inspection.sigma import sigmas
 from zotuner.pertnn import FEATURES, HIDDEN, PertNNBank
 from zotuner.tuner import Tuner
@@ -23,7 +24,7 @@ ROUNDING = 1e-3  # of the bound: what storing weights in half precision may add
 
 @dataclass(frozen=True)
 class Weights:
-    """One tensor of the nets, all blocks together.
+    """One tensor of the nets, of all of them together.
 
     Attributes:
         name: In `tuner.safetensors`.
@@ -55,16 +56,19 @@ class Weights:
 
 
 def tensors(tuner: Tuner) -> list[Weights]:
-    """Each of the nets' tensors against fresh ones."""
+    """Each of the nets' tensors against fresh ones; a net that several blocks learned together counts once."""
     seed = tuner.info.config.get("seed")
     fresh = PertNNBank(len(tuner.info.blocks), tuner.info.architecture, seed=seed) if type(seed) is int else None
     began = {} if fresh is None else dict(fresh.named_parameters())
+    bands = tuner.info.config.get("bands")
+    learned = sorted(set(first_alike(tuner.block_names, bands if type(bands) is int and bands > 0 else None)))
     found = []
-    for name, param in tuner.bank.named_parameters():
-        w, count = param.detach().double(), param.numel()
+    for name, whole in tuner.bank.named_parameters():
+        w = whole.detach()[learned].double()
+        count = w.numel()
         bound = 0.0 if tuner.info.architecture == "exp" and name in ("w2", "b2") else FAN_IN[name] ** -0.5
         mean, std, fresh_std = float(w.mean()), float(w.std(correction=0)), bound / math.sqrt(3)
-        moved = float((w - began[name].detach()).norm() / w.norm().clamp_min(1e-30)) if began else None
+        moved = float((w - began[name].detach()[learned]).norm() / w.norm().clamp_min(1e-30)) if began else None
         found.append(
             Weights(
                 name=name,
