@@ -67,6 +67,24 @@ def test_the_report_names_each_runs_metric(model_dir: Path, tmp_path: Path, caps
     assert " accuracy" in capsys.readouterr().out.split("zero-shot")[0]
 
 
+def test_the_evaluation_before_the_first_step_can_be_left_out(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, options in {"with": {}, "without": {"no_zero_shot": True}}.items():
+        assert call("finetune", *argv_of(quick(model_dir, tmp_path / name, **options))) == 0
+    first, second = (summary_of(tmp_path / name) for name in ("with", "without"))
+    assert first["zero_shot"] is not None
+    assert second["zero_shot"] is None
+    assert second["final"] == first["final"]
+    capsys.readouterr()
+    assert call("report", tmp_path / "without", tmp_path / "with") == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert rows[-3:] == ["without", "zero-shot", "with"]
+    none = quick(model_dir, tmp_path / "none", method="none", no_zero_shot=True)
+    assert call("finetune", *argv_of(none)) == 0
+    assert summary_of(tmp_path / "none")["final"] == summary_of(tmp_path / "none")["zero_shot"] is not None
+
+
 def test_accuracy_itself_is_maximised_and_the_losses_are_multiples(model_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = {"objective": "accuracy", "method": "fzoo", "eps": 0.1, "batch_size": 8}

@@ -187,6 +187,7 @@ class FinetuneConfig(Config):
         description="training and development examples of each class, in place of their sizes; masked models: 16",
     )
     eval_size: int = Field(1000, ge=1, description="evaluation examples")
+    zero_shot: bool = Field(True, description="evaluate before the first step too, not after the last one alone")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations on dev; default: 5 a run")
     eval_batch_size: int = Field(32, ge=1, description="examples a forward in evaluation")
     save_model: bool = Field(False, description="write the tuned model to OUT/model")

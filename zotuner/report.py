@@ -52,9 +52,9 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
     several = len({(s["model"], s["task"]) for s in summaries}) > 1
     shown: set[tuple[str, str]] = set()
     for run, s in zip(runs, summaries, strict=True):
-        if (s["model"], s["task"]) not in shown:
+        zero = s["zero_shot"]
+        if zero is not None and (s["model"], s["task"]) not in shown:
             shown.add((s["model"], s["task"]))
-            zero = s["zero_shot"]
             out.add_row(
                 f"zero-shot {s['task']}" if several else "zero-shot",
                 *[""] * 6,
