@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 import zotuner
 from zotuner.blocks import find_blocks
@@ -735,6 +736,18 @@ def test_a_meta_training_leaves_a_tuner_its_card_and_its_record(meta_run: Path, 
     )
     assert (meta_run / "README.md").read_text().startswith("---\n")
     assert set(yaml.safe_load((meta_run / "config.yaml").read_text())) == set(MetaTrainConfig.model_fields)
+
+
+def test_a_meta_training_by_the_expected_gain_keeps_what_its_points_said(model_dir: Path, tmp_path: Path) -> None:
+    options = {"model": model_dir, "tasks": "demo-sentiment", "meta_loss": "expected", "steps": 6, "reset_every": 4}
+    options |= {"batch_size": 2, "settle": 2, "train_size": 24, "bands": 1, "out": tmp_path / "run"}
+    assert call("meta-train", *argv_of({f"--{key.replace('_', '-')}": value for key, value in options.items()})) == 0
+    with safe_open(tmp_path / "run" / "points.safetensors", framework="pt") as file:
+        phases = json.loads(file.metadata()["phases"])
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    assert phases == ["demo-sentiment settling", "demo-sentiment settled", "demo-sentiment settling"]
+    blocks = len(Tuner.from_pretrained(tmp_path / "run").block_names)
+    assert shapes == {"inputs": [3, blocks, 5], "own": [3, 3, blocks]}
 
 
 def test_a_meta_trained_tuner_loads_and_knows_the_models_blocks(meta_run: Path, model_dir: Path) -> None:

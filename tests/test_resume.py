@@ -296,7 +296,7 @@ META = {
     "before any snapshot": ("meta", "module.MetaTrainer", "update", 2, True),
     "before the tuner": ("meta_train", "module.Tuner", "save_pretrained", 1, True),
 }
-META_OPTIONS = {"steps": 8, "reset_every": 3, "meta_loss": "expected", "validate_steps": 2}
+META_OPTIONS = {"steps": 8, "reset_every": 3, "meta_loss": "expected", "validate_steps": 2, "bands": 2}
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,8 @@ def meta_whole(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def assert_the_same_tuner(one: Path, other: Path) -> None:
     assert (other / "tuner.safetensors").read_bytes() == (one / "tuner.safetensors").read_bytes()
-    assert (other / "tuner.json").read_bytes() == (one / "tuner.json").read_bytes()
+    for name in ("tuner.json", "points.safetensors"):
+        assert (other / name).read_bytes() == (one / name).read_bytes()
     for name in ("metrics.jsonl", "trajectory/points.jsonl"):
         assert timeless(read_rows(other / name)) == timeless(read_rows(one / name))
     assert sorted(path.name for path in other.rglob("*")) == sorted(path.name for path in one.rglob("*"))

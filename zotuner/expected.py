@@ -11,18 +11,22 @@ best lr it gains A^2 / (2 T B). Points have batches of their own, so that S is f
 holds what lasts along the trajectory. Source: docs/method.md, "Meta-training".
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from zotuner import noise
 from zotuner.blocks import Block, Piece, pieces_of
 from zotuner.config import MetaTrainConfig
+from zotuner.files import write_atomically
 from zotuner.gradients import each_gradient
 from zotuner.snapshot import under
 from zotuner.visit import Found, Loss, ScalesOf, Visit
@@ -257,6 +261,15 @@ class Expected:
             "visited": [x.phase for x in self._visited],
             "remembered": {task: r.weight for task, r in self._remembered.items()},
         }
+
+    def save(self, path: Path) -> None:
+        """Writes what the points said: other nets can be learned from it without the model (`benchmarks/points.py`).
+
+        `inputs` (m, n, 5) and `own` (m, 3, n) of m points, and in the header `phases`, a list of m names in JSON.
+        """
+        tensors = {name: tensor for name, tensor in self.state()[0].items() if name.startswith("visited.")}
+        phases = json.dumps([x.phase for x in self._visited])
+        write_atomically(path, save(under("visited.", tensors), metadata={"phases": phases}))
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes back what `state` gave."""

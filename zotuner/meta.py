@@ -9,6 +9,7 @@ neither needs a graph over the parameters or a copy of the model.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,6 +139,11 @@ class MetaTrainer:
             task: _Told((plus, minus), sigmas[task], start) for task, (plus, minus, start) in state["told"].items()
         }
         self._meta_loss.restore(under("meta_loss.", tensors), state["meta_loss"])
+
+    def save_points(self, path: Path) -> None:
+        """Writes what the points said, if the meta-loss keeps that."""
+        if isinstance(self._meta_loss, Expected):
+            self._meta_loss.save(path)
 
     def nets(self) -> dict[str, Tensor]:
         """A copy of the nets that are learned, as they are."""

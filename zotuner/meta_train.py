@@ -31,7 +31,7 @@ from zotuner.tuner import Tuner
 from zotuner.validation import Validation
 from zotuner.visit import Loss, Visit
 
-METRICS, SUMMARY, TRAJECTORY = "metrics.jsonl", "summary.json", "trajectory"
+METRICS, POINTS, SUMMARY, TRAJECTORY = "metrics.jsonl", "points.safetensors", "summary.json", "trajectory"
 # What a run is told that does not change the tuner, and so is none of its card's business
 NOT_OF_THE_TUNER = {"out", "data_dir", "overwrite", "save_every"}
 
@@ -105,6 +105,7 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         walked = _Walked(config, trainer, points, objectives, model, display, requests, data, validation)
         seconds = walked.run()
         tuner.save_pretrained(config.out)
+        trainer.save_points(config.out / POINTS)
         summary = {
             "model": config.model,
             "tasks": [*tasks],

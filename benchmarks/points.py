@@ -1,0 +1,95 @@
+"""What nets that blocks share are worth, by the points of a meta-training: docs/results.md, 2026-11-27.
+
+    python meta_train.py --config configs/meta/smollm2-135m-instruct.yaml --tasks copa demo-sentiment ... --out RUN
+    python benchmarks/points.py RUN [--bands 1 3 6] [--bounds 2 3] [--leave-out TASK ...] [--architecture abs]
+
+Nets are learned anew, in seconds, from what each point said (`points.safetensors`, of --meta-loss expected and
+--granularity block), of all tasks or of all but one. A line each: the gain over sigma = 1, geometric mean and by phase.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+import zotuner.pertnn
+from zotuner.block_types import first_alike
+from zotuner.config import MetaTrainConfig
+from zotuner.expected import Expected, gain
+from zotuner.metrics import read_json
+from zotuner.pertnn import PertNNBank, normalize
+from zotuner.tuner import Tuner
+
+
+def learned(
+    config: MetaTrainConfig, points: dict, numels: torch.Tensor, alike: list[int], keep: list[int]
+) -> tuple[PertNNBank, torch.Tensor]:
+    """Nets learned of the points of these numbers, and which of them each block has."""
+    firsts = sorted(set(alike))
+    of_block = torch.tensor([firsts.index(first) for first in alike])
+    bank = PertNNBank(len(alike), config.architecture, seed=config.seed).chosen(firsts)
+    optimizer = torch.optim.Adam(bank.parameters(), lr=config.outer_lr)
+    loss = Expected([], config)
+    phases = [points["phases"][i] for i in keep]
+    tensors = {f"visited.{name}": points[name][keep] for name in ("inputs", "own")}
+    tensors |= {f"profiles.{phase}": means(points, phase) * phases.count(phase) for phase in set(phases)}
+    counts = {phase: phases.count(phase) for phase in set(phases)}
+    loss.restore(tensors, {"profiles": counts, "visited": phases, "remembered": {}})
+    for objective in loss.objectives(len(points["phases"]), lambda x: normalize(bank(x, of_block), numels)):
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+    return bank, of_block
+
+
+def means(points: dict, phase: str) -> torch.Tensor:
+    """(3, n) of all points of a phase."""
+    return points["own"][[i for i, name in enumerate(points["phases"]) if name == phase]].mean(dim=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--bands", type=int, nargs="+", default=[1, 3, 6, 0], help="0: a net a block")
+    parser.add_argument("--bounds", type=float, nargs="+", default=[3.0], help="of a scale of exp nets")
+    parser.add_argument("--leave-out", nargs="*", default=[], metavar="TASK", help="a line for each, beside all")
+    parser.add_argument("--architecture", choices=("exp", "abs"), help="default: the run's")
+    args = parser.parse_args()
+    tuner = Tuner.from_pretrained(args.run)
+    made = {k: v for k, v in tuner.info.config.items() if k in MetaTrainConfig.model_fields}
+    made |= {"architecture": args.architecture or tuner.info.architecture, "out": args.run}
+    config = MetaTrainConfig.model_validate(made)
+    with safe_open(args.run / "points.safetensors", framework="pt") as file:
+        points = {name: file.get_tensor(name) for name in ("inputs", "own")}
+        points["phases"] = json.loads(file.metadata()["phases"])
+    numels = torch.tensor([block.numel for block in tuner.info.blocks])
+    seconds = read_json(args.run / "summary.json")["seconds"]
+    print(f"{args.run}: {len(points['phases'])} points in {seconds:.0f} s, {len(numels)} blocks")
+    for bands in args.bands:
+        alike = first_alike(tuner.block_names, bands or None)
+        for bound in args.bounds:
+            zotuner.pertnn.LIMIT = math.log(bound)
+            for without in [None, *args.leave_out]:
+                keep = [i for i, name in enumerate(points["phases"]) if without is None or name.split()[0] != without]
+                bank, of_block = learned(config, points, numels, alike, keep)
+                gains = {}
+                for phase in sorted(set(points["phases"])):
+                    at = [i for i, name in enumerate(points["phases"]) if name == phase]
+                    with torch.no_grad():
+                        scales = normalize(bank(points["inputs"][at].mean(dim=0), of_block), numels)
+                    whole = means(points, phase)
+                    gains[phase] = gain(whole, scales) / gain(whole, torch.ones_like(scales))
+                mean = math.exp(sum(math.log(x) for x in gains.values()) / len(gains))
+                what = f"bands {bands or 'none'} ({len(set(alike))} nets), bound {bound:g}"
+                print(
+                    f"{what}, {f'without {without}' if without else 'all'}: {mean:.2f} |",
+                    ", ".join(f"{phase} {value:.2f}" for phase, value in gains.items()),
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
