@@ -10,27 +10,29 @@ Nets are learned anew, in seconds, from what each point said (`points.safetensor
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 import zotuner.pertnn
-from zotuner.block_types import first_alike
+from zotuner.block_types import alike
 from zotuner.config import MetaTrainConfig
 from zotuner.expected import Expected, gain
 from zotuner.metrics import read_json
 from zotuner.pertnn import PertNNBank, normalize
 from zotuner.tuner import Tuner
 
+Scales = Callable[[torch.Tensor], torch.Tensor]  # (..., n, 5) what the nets see -> (..., n) sigma~
+
 
 def learned(
-    config: MetaTrainConfig, points: dict, numels: torch.Tensor, alike: list[int], keep: list[int]
-) -> tuple[PertNNBank, torch.Tensor]:
-    """Nets learned of the points of these numbers, and which of them each block has."""
-    firsts = sorted(set(alike))
-    of_block = torch.tensor([firsts.index(first) for first in alike])
-    bank = PertNNBank(len(alike), config.architecture, seed=config.seed).chosen(firsts)
+    config: MetaTrainConfig, points: dict, numels: torch.Tensor, groups: tuple[list[int], list[int]], keep: list[int]
+) -> Scales:
+    """Scales of nets learned of the points of these numbers, by what the nets see."""
+    firsts, of_block = groups[0], torch.tensor(groups[1])
+    bank = PertNNBank(len(of_block), config.architecture, seed=config.seed).chosen(firsts)
     optimizer = torch.optim.Adam(bank.parameters(), lr=config.outer_lr)
     loss = Expected([], config)
     phases = [points["phases"][i] for i in keep]
@@ -38,11 +40,26 @@ def learned(
     tensors |= {f"profiles.{phase}": means(points, phase) * phases.count(phase) for phase in set(phases)}
     counts = {phase: phases.count(phase) for phase in set(phases)}
     loss.restore(tensors, {"profiles": counts, "visited": phases, "remembered": {}})
-    for objective in loss.objectives(len(points["phases"]), lambda x: normalize(bank(x, of_block), numels)):
+
+    def scales(inputs: torch.Tensor) -> torch.Tensor:
+        return normalize(bank(inputs, of_block), numels)
+
+    for objective in loss.objectives(len(points["phases"]), scales):
         optimizer.zero_grad()
         objective.backward()
         optimizer.step()
-    return bank, of_block
+    return scales
+
+
+@torch.no_grad()
+def gains(points: dict, scales: Scales) -> dict[str, float]:
+    """Over sigma = 1, by phase."""
+    found = {}
+    for phase in sorted(set(points["phases"])):
+        at = [i for i, name in enumerate(points["phases"]) if name == phase]
+        whole, sigma = means(points, phase), scales(points["inputs"][at].mean(dim=0))
+        found[phase] = gain(whole, sigma) / gain(whole, torch.ones_like(sigma))
+    return found
 
 
 def means(points: dict, phase: str) -> torch.Tensor:
@@ -69,24 +86,17 @@ def main() -> None:
     seconds = read_json(args.run / "summary.json")["seconds"]
     print(f"{args.run}: {len(points['phases'])} points in {seconds:.0f} s, {len(numels)} blocks")
     for bands in args.bands:
-        alike = first_alike(tuner.block_names, bands or None)
+        groups = alike(tuner.block_names, bands or None)
         for bound in args.bounds:
             zotuner.pertnn.LIMIT = math.log(bound)
             for without in [None, *args.leave_out]:
                 keep = [i for i, name in enumerate(points["phases"]) if without is None or name.split()[0] != without]
-                bank, of_block = learned(config, points, numels, alike, keep)
-                gains = {}
-                for phase in sorted(set(points["phases"])):
-                    at = [i for i, name in enumerate(points["phases"]) if name == phase]
-                    with torch.no_grad():
-                        scales = normalize(bank(points["inputs"][at].mean(dim=0), of_block), numels)
-                    whole = means(points, phase)
-                    gains[phase] = gain(whole, scales) / gain(whole, torch.ones_like(scales))
-                mean = math.exp(sum(math.log(x) for x in gains.values()) / len(gains))
-                what = f"bands {bands or 'none'} ({len(set(alike))} nets), bound {bound:g}"
+                reached = gains(points, learned(config, points, numels, groups, keep))
+                mean = math.exp(sum(math.log(x) for x in reached.values()) / len(reached))
+                what = f"bands {bands or 'none'} ({len(groups[0])} nets), bound {bound:g}"
                 print(
                     f"{what}, {f'without {without}' if without else 'all'}: {mean:.2f} |",
-                    ", ".join(f"{phase} {value:.2f}" for phase, value in gains.items()),
+                    ", ".join(f"{phase} {value:.2f}" for phase, value in reached.items()),
                     flush=True,
                 )
 

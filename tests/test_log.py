@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from zotuner.block_types import block_types, first_alike
+from zotuner.block_types import alike, block_types
 from zotuner.cli import main
 from zotuner.errors import ZotunerError
 from zotuner.files import OWNER, locked
@@ -292,7 +292,9 @@ def test_a_type_is_named_by_what_follows_the_layer_where_that_is_its_own(names: 
 )
 def test_blocks_are_alike_by_type_and_part_of_the_depth(bands: int | None, firsts: list[int]) -> None:
     names = ["emb", *(f"h.{i}.q" for i in (4, 0, 3, 1, 2)), "norm"]
-    assert first_alike(names, bands) == firsts
+    groups, of_block = alike(names, bands)
+    assert groups == sorted(groups)
+    assert [groups[group] for group in of_block] == firsts
 
 
 def test_scales_are_shown_by_type_at_the_first_and_the_last_recorded_step(

@@ -39,23 +39,33 @@ def block_types(names: Sequence[str]) -> dict[str, list[int]]:
     }
 
 
-def first_alike(names: Sequence[str], bands: int | None) -> list[int]:
-    """Of each block, the number of the first block of its type that lies in the same part of the model's depth.
+def alike(names: Sequence[str], bands: int | None) -> tuple[list[int], list[int]]:
+    """Groups the blocks that are of one type and lie in the same part of the model's depth.
 
     Args:
         names: Of blocks.
         bands: Equal parts that the layers are cut into; None: every block is for itself.
 
-    >>> first_alike(["emb.weight", "h.0.q.weight", "h.0.k.weight", "h.1.q.weight", "h.1.k.weight"], 1)
-    [0, 1, 2, 1, 2]
+    Returns:
+        The number of the first block of each group, in order, and of each block the number of its group.
+
+    >>> alike(["emb.weight", "h.0.q.weight", "h.0.k.weight", "h.1.q.weight", "h.1.k.weight"], 1)
+    ([0, 1, 2], [0, 1, 2, 1, 2])
     """
+    firsts = _first_alike(names, bands)
+    groups = sorted(set(firsts))
+    return groups, [groups.index(first) for first in firsts]
+
+
+def _first_alike(names: Sequence[str], bands: int | None) -> list[int]:
+    """Of each block, the number of the first block of its group, by layer."""
     if bands is None:
         return list(range(len(names)))
     layers = [layer_of(name) or 0 for name in names]
     depth = max(layers, default=0) + 1
-    alike = list(range(len(names)))
+    found = list(range(len(names)))
     for members in block_types(names).values():
         first: dict[int, int] = {}
         for index in members:
-            alike[index] = first.setdefault(layers[index] * bands // depth, index)
-    return alike
+            found[index] = first.setdefault(layers[index] * bands // depth, index)
+    return found

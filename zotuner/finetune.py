@@ -160,15 +160,15 @@ def _run(
         write_rows(config.out / PREDICTIONS, rows)
         return came.figures
 
-    zero_shot = None
+    zero_shot = final = None
     if config.zero_shot or stepper is None or not config.steps:
-        zero_shot = _once(config.out / ZERO_SHOT, lambda: tested("zero-shot", "before the first step"))
+        zero_shot = final = _once(config.out / ZERO_SHOT, lambda: tested("zero-shot", "before the first step"))
     totals, dev = Progressed(), None
     if stepper is not None and config.steps:
         training = Training(config, setup, stepper, evaluated, display, requests)
         totals, dev = training.run()
         restore_weights(setup.model, config.out / BEST)
-    final = zero_shot if zero_shot is not None and not totals.steps else tested("final", "after the last step")
+        final = tested("final", "after the last step")
     if config.save_model:
         save_model(setup.model, setup.tokenizer, config.out / "model")
     return {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotuner.block_types import block_types, first_alike
+from zotuner.block_types import alike, block_types
 from zotuner.blocks import find_blocks
 from zotuner.config import MetaTrainConfig
 from zotuner.expected import Expected
@@ -54,11 +54,10 @@ class MetaTrainer:
     def __init__(self, model: nn.Module, tuner: Tuner, config: MetaTrainConfig) -> None:
         self.blocks = find_blocks(model, tuner.granularity)
         names = [block.name for block in self.blocks]
-        alike = first_alike(names, config.bands)
-        learned = sorted(set(alike))
-        self._of_block = torch.tensor([learned.index(first) for first in alike])  # (n,) which net each block has
+        firsts, of_block = alike(names, config.bands)
+        self._of_block = torch.tensor(of_block)  # (n,) which net each block has
         assert isinstance(tuner.bank, PertNNBank)
-        self._bank = tuner.bank.chosen(learned)
+        self._bank = tuner.bank.chosen(firsts)
         self._tuner, self._normalized = tuner, config.normalized
         self._numels = tuner.numels_for(model, self.blocks)
         self._meta_loss: MetaLoss
@@ -156,7 +155,7 @@ class MetaTrainer:
 
     def _deliver(self) -> None:
         """Gives each of the tuner's blocks the net that it shares."""
-        self._tuner.bank.load_state_dict(self._bank.chosen(self._of_block.tolist()).state_dict())
+        self._tuner.bank.load_state_dict({name: t[self._of_block] for name, t in self._bank.state_dict().items()})
 
     def scales(self, task: str) -> Tensor:
         """(n,) sigma~ at the next point of a task, with its graph into the PertNNs."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zotuner.block_types import first_alike
+from zotuner.block_types import alike
 from zotuner.inspection.sigma import sigmas
 from zotuner.pertnn import FEATURES, HIDDEN, PertNNBank
 from zotuner.tuner import Tuner
@@ -61,7 +61,7 @@ def tensors(tuner: Tuner) -> list[Weights]:
     fresh = PertNNBank(len(tuner.info.blocks), tuner.info.architecture, seed=seed) if type(seed) is int else None
     began = {} if fresh is None else dict(fresh.named_parameters())
     bands = tuner.info.config.get("bands")
-    learned = sorted(set(first_alike(tuner.block_names, bands if type(bands) is int and bands > 0 else None)))
+    learned, _ = alike(tuner.block_names, bands if type(bands) is int and bands > 0 else None)
     found = []
     for name, whole in tuner.bank.named_parameters():
         w = whole.detach()[learned].double()
