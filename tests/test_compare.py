@@ -32,7 +32,7 @@ from zotuner.compare.work import Bar
 from zotuner.config import DEFAULT_LR, FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.files import locked, writer
-from zotuner.ledger import read_ledger
+from zotuner.ledger import Record, read_ledger, write_ledger
 from zotuner.metrics import read_rows
 from zotuner.progress import Display
 
@@ -291,10 +291,11 @@ def test_the_figures_of_the_table_are_those_computed_by_hand(compared: Any) -> N
     assert (fzoo.peak_bytes, fzoo.seconds) == (2 << 30, 30.5)
     spec = results.spec
     assert headings(spec, results.rows) == [
-        *("method", "lr", "seeds", "dev loss", "test loss", "- mezo's", "accuracy", "to mezo's", "GiB", "sec")
+        *("method", "lr", "seeds", "dev loss", "test loss", "- mezo's", "training - mezo's"),
+        *("accuracy", "to mezo's", "GiB", "sec"),
     ]
-    assert cells(spec, fzoo, 10) == [
-        *("fzoo", "0.004 (edge)", "2/2", "0.5000 ± 0.0000", "0.4000 ± 0.0000", ""),
+    assert cells(spec, fzoo, 11) == [
+        *("fzoo", "0.004 (edge)", "2/2", "0.5000 ± 0.0000", "0.4000 ± 0.0000", "", ""),
         *("0.750 ± 0.000 (0.044)", "0.35", "2.00", "30"),
     ]
     (standing,) = results.standings
@@ -321,7 +322,47 @@ def test_losses_have_errors_and_are_compared_example_by_example(compared: Any) -
     assert mezo.test.error == pytest.approx(((7 / 3) ** 0.5 + 0.0) / 2)
     best = [point.step for status in results.statuses if status.planned.lr == 4e-3 for point in status.curve[1:2]]
     assert fzoo.dev.error == pytest.approx(best[0] / 1000)
-    assert f"(0.{1000 * (0.1 + 3**-0.5) / 2 / 100:.0f}"[:4] in cells(results.spec, fzoo, 10)[5]
+    assert f"(0.{1000 * (0.1 + 3**-0.5) / 2 / 100:.0f}"[:4] in cells(results.spec, fzoo, 11)[5]
+
+
+def write_losses(run: Planned, losses: Sequence[Sequence[float]]) -> None:
+    """A ledger with these losses of each step."""
+    records = [Record(step, 1e-5, tuple(each)) for step, each in enumerate(losses)]
+    write_ledger(run.folder / "ledger.bin", {"losses": len(losses[0])}, records)
+
+
+def test_training_losses_are_compared_step_by_step(tmp_path: Path) -> None:
+    methods = {
+        **{name: {"method": "mezo", "lr": 1e-5} for name in ("mezo", "better")},
+        "other-batches": {"method": "mezo", "lr": 1e-5, "batch_size": 4},
+        "more-losses": {"method": "fzoo", "lr": 1e-3, "num_perturbations": 2},
+        "adam": {"lr": 1e-6},
+    }
+    file = yaml_file(tmp_path, tasks=["sst2"], methods=methods, seeds=[0, 1])
+    losses = {
+        "mezo": [[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]],
+        "better": [[1.0, 1.0], [float("nan"), 3.0], [3.0, 3.0]],
+        "other-batches": [[0.0, 0.0]] * 3,
+        "more-losses": [[0.0, 0.0, 0.0]] * 3,
+    }
+    for run in (runs := planned(file, tmp_path / "out")):
+        write_run(run, [1.0, 0.5])
+        if run.method in losses:
+            write_losses(run, [[x + run.seed * (run.method == "better") for x in each] for each in losses[run.method]])
+    results = results_of((file, runs))
+    mezo, better, *others = results.rows
+    assert [row.training for row in (mezo, *others)] == [None] * 4
+    # differences 0: -0.5, -0.5; 1: 0.5, 0.5; a step that failed says nothing
+    assert (better.training.mean, better.training.error) == pytest.approx((0.0, 0.0))
+    assert better.training.std == pytest.approx(0.5 * 2**0.5)
+    assert [standing.training_wins for standing in results.standings] == [0, None, None, None]
+
+
+def test_a_zero_shot_evaluation_may_be_left_out_of_a_comparison_that_was_begun_with_it(tmp_path: Path) -> None:
+    run = planned(yaml_file(tmp_path), tmp_path / "out")[0]
+    write_run(run, [1.0, 0.5])
+    later = planned(yaml_file(tmp_path, defaults={**SPEC["defaults"], "zero_shot": False}), tmp_path / "out")[0]
+    check_same(later, tmp_path / "compare.yaml")
 
 
 def test_the_speed_up_is_a_geometric_mean_over_tasks_and_a_bound_where_a_run_never_came_there(tmp_path: Path) -> None:
@@ -338,7 +379,7 @@ def test_the_speed_up_is_a_geometric_mean_over_tasks_and_a_bound_where_a_run_nev
     results = collect(Comparison.read(file), runs)
     never = results.rows[3]
     assert (never.reach.share, never.reach.at_least) == (1.0, True)
-    assert cells(results.spec, never, 10)[7] == ">1"
+    assert cells(results.spec, never, 11)[8] == ">1"
     (standing,) = results.standings
     assert (standing.speedup, standing.at_most) == (pytest.approx((4 * 1) ** 0.5), True)
     assert (standing.loss_wins, standing.metric_wins) == (0, 0)  # equal on test

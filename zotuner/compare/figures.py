@@ -6,7 +6,7 @@ What a run delivers is its best evaluation on dev; that loss chooses the lr, and
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Literal
@@ -60,6 +60,7 @@ class Row:
         dev, test: Losses.
         gap: The loss on test minus the baseline's, example by example, of the seeds that both have; its `error` is that
             of a mean of differences. None for the baseline, and where nothing can be compared.
+        training: The mean loss of the steps' batches minus the baseline's, step by step, likewise.
         metrics: On the test examples; the first one is the task's main one.
         reach: None for the baseline's own runs that never improved, and where nothing can be compared.
         speedup: The baseline's own shares over this method's; `reach.at_least` makes it an upper bound.
@@ -77,6 +78,7 @@ class Row:
     dev: Spread | None = None
     test: Spread | None = None
     gap: Spread | None = None
+    training: Spread | None = None
     metrics: Mapping[str, Spread] = field(default_factory=dict)
     reach: Reach | None = None
     speedup: float | None = None
@@ -92,6 +94,7 @@ class Standing:
     Attributes:
         tasks: How many.
         dev_wins: Where its mean loss on dev is lower.
+        training_wins: Where its mean loss in training is; None where that is not known of all of them.
         loss_wins, metric_wins: Where its mean on test is better.
         speedup: Geometric mean; None where there is none.
         at_most: Whether that is an upper bound, since some run never reached the baseline's loss.
@@ -100,6 +103,7 @@ class Standing:
     method: str
     tasks: int
     dev_wins: int
+    training_wins: int | None
     loss_wins: int
     metric_wins: int
     speedup: float | None
@@ -199,7 +203,8 @@ def _row(
             [_or_nan(summary["final"]["loss"]) for summary in summaries],
             [standard_error(status.test_losses) for status in mine.values()],
         ),
-        _gap(mine, base) if method != spec.baseline else None,
+        _difference(mine, base, _of_examples) if method != spec.baseline else None,
+        _difference(mine, base, _of_steps) if method != spec.baseline else None,
         {name: _metric(name, [_or_nan(s["final"][name]) for s in summaries], examples) for name in names},
         reach,
         speedup,
@@ -213,14 +218,32 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _gap(mine: Mapping[int, Status], base: Mapping[int, Status]) -> Spread | None:
-    """Seed by seed: the same seed draws the same test examples."""
-    differences = []
-    for seed in sorted(set(mine) & set(base)):
-        ours, theirs = mine[seed].test_losses, base[seed].test_losses
-        if ours and len(ours) == len(theirs):
-            differences.append([own - other for own, other in zip(ours, theirs, strict=True)])
-    return spread([fmean(each) for each in differences], [standard_error(each) for each in differences])
+def _difference(
+    mine: Mapping[int, Status],
+    base: Mapping[int, Status],
+    of: Callable[[Status, Status], list[float]],
+) -> Spread | None:
+    """Seed by seed: the same seed draws the same test examples, and the same batches."""
+    found = [of(mine[seed], base[seed]) for seed in sorted(set(mine) & set(base))]
+    known = [each for each in found if each]
+    return spread([fmean(each) for each in known], [standard_error(each) for each in known])
+
+
+def _of_examples(mine: Status, base: Status) -> list[float]:
+    ours, theirs = mine.test_losses, base.test_losses
+    return [own - other for own, other in zip(ours, theirs, strict=True)] if len(ours) == len(theirs) else []
+
+
+def _of_steps(mine: Status, base: Status) -> list[float]:
+    """Nothing where steps differ in what they saw, or how often they evaluated it; those that failed are left out."""
+    ours, theirs = mine.step_losses, base.step_losses
+    seen = [
+        (s.planned.config.batch_size, s.planned.config.train_size, list(map(len, s.step_losses))) for s in (mine, base)
+    ]
+    if seen[0] != seen[1]:
+        return []
+    differences = [fmean(own) - fmean(other) for own, other in zip(ours, theirs, strict=True)]
+    return [each for each in differences if math.isfinite(each)]
 
 
 def spread(values: Sequence[float], errors: Sequence[float] = ()) -> Spread | None:
@@ -270,10 +293,12 @@ def _standing(method: str, spec: Comparison, by: Mapping[tuple[str, str], Row]) 
     pairs = [(mine, base) for mine, base in pairs if mine.test and base.test]
     factors = [(mine.speedup, mine.reach) for mine, _ in pairs if mine.speedup and mine.reach]
     logs = [math.log(factor) for factor, _ in factors]
+    trained = [mine.training for mine, _ in pairs if mine.training]
     return Standing(
         method,
         len(pairs),
         sum(mine.dev.mean < base.dev.mean for mine, base in pairs if mine.dev and base.dev),
+        sum(x.mean < 0 for x in trained) if len(trained) == len(pairs) else None,
         sum(mine.test.mean < base.test.mean for mine, base in pairs if mine.test and base.test),
         sum(_main(mine) > _main(base) for mine, base in pairs),
         math.exp(fmean(logs)) if logs else None,

@@ -18,11 +18,12 @@ from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.files import has_writer
 from zotuner.hub import AUTO
+from zotuner.ledger import read_ledger
 from zotuner.metrics import read_json, read_rows, write_json
 from zotuner.report import read_summary
 
 State = Literal["done", "running", "failed", "stopped", "to do"]
-NOT_COMPARED = ("out", "overwrite", "data_dir")  # where a run and its data lie does not change what it is
+NOT_COMPARED = ("out", "overwrite", "data_dir", "zero_shot")  # they change nothing of what a run learns
 TAIL = 1 << 16  # bytes: more than a row of metrics takes
 
 
@@ -75,6 +76,7 @@ class Status:
         summary: Its outcome, if it is done.
         curve: Its evaluations on dev, the starting weights first.
         test_losses: Of each test example, if it is done; empty in runs of older versions.
+        step_losses: Of each step's batch, as often as it was evaluated, if it is done; empty for a first-order run.
     """
 
     planned: Planned
@@ -84,6 +86,7 @@ class Status:
     summary: dict[str, Any]
     curve: tuple[Point, ...]
     test_losses: tuple[float, ...] = ()
+    step_losses: tuple[tuple[float, ...], ...] = ()
 
     @property
     def best(self) -> float | None:
@@ -133,7 +136,8 @@ def read_status(planned: Planned, unit: Unit) -> Status:
     """
     folder, note = planned.folder, read_note(planned)
     if (folder / "summary.json").exists():
-        return Status(planned, "done", 1.0, note, read_summary(folder), _curve(folder), _test_losses(folder))
+        losses = _test_losses(folder), _step_losses(folder)
+        return Status(planned, "done", 1.0, note, read_summary(folder), _curve(folder), *losses)
     if has_writer(folder):
         state: State = "running"
     elif note.failed:
@@ -198,6 +202,11 @@ def _test_losses(folder: Path) -> tuple[float, ...]:
         return tuple(_number(row["loss"]) for row in (read_rows(path) if path.exists() else []))
     except KeyError:
         raise ZotunerError(f"{path}: expected a loss in each row") from None
+
+
+def _step_losses(folder: Path) -> tuple[tuple[float, ...], ...]:
+    path = folder / "ledger.bin"
+    return tuple(record.losses for record in read_ledger(path)[1]) if path.exists() else ()
 
 
 def _number(value: float | None) -> float:

@@ -19,7 +19,8 @@ def headings(spec: Comparison, rows: Sequence[Row]) -> list[str]:
     """Of a task's table; its metrics are those of any row that has them."""
     metrics = next((list(row.metrics) for row in rows if row.metrics), [])
     base = spec.baseline
-    return ["method", "lr", "seeds", "dev loss", "test loss", f"- {base}'s", *metrics, f"to {base}'s", "GiB", "sec"]
+    losses = ["dev loss", "test loss", f"- {base}'s", f"training - {base}'s"]
+    return ["method", "lr", "seeds", *losses, *metrics, f"to {base}'s", "GiB", "sec"]
 
 
 def cells(spec: Comparison, row: Row, columns: int) -> list[str]:
@@ -34,6 +35,7 @@ def cells(spec: Comparison, row: Row, columns: int) -> list[str]:
         spread_text(row.dev, 4),
         spread_text(row.test, 4),
         spread_text(row.gap, 4),
+        spread_text(row.training, 4),
         *(spread_text(value, 3) for value in row.metrics.values()),
         reach_text(row),
         gib,
@@ -62,12 +64,18 @@ def speedup_text(standing: Standing) -> str:
     return "" if standing.speedup is None else f"{'<' if standing.at_most else ''}{standing.speedup:.2f}x"
 
 
-STANDING_HEADINGS = ["method", "tasks", "wins, dev loss", "wins, test loss", "wins, metric", "speed-up"]
+STANDING_HEADINGS = [
+    "method",
+    "tasks",
+    *(f"wins, {of}" for of in ("dev loss", "training", "test loss", "metric")),
+    "speed-up",
+]
 
 
 def standing_cells(standing: Standing) -> list[str]:
     """One row of the summary, under `STANDING_HEADINGS`."""
-    wins = [f"{count}/{standing.tasks}" for count in (standing.dev_wins, standing.loss_wins, standing.metric_wins)]
+    counts = (standing.dev_wins, standing.training_wins, standing.loss_wins, standing.metric_wins)
+    wins = ["" if count is None else f"{count}/{standing.tasks}" for count in counts]
     return [standing.method, str(standing.tasks), *wins, speedup_text(standing)]
 
 
