@@ -408,4 +408,4 @@ def test_a_built_wheel_carries_the_shipped_tuners(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "unpacked"), "HF_HUB_OFFLINE": "1"}
     command: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", FROM_WHEEL], check=False, **command)
-    assert done.stdout.split() == [str(tmp_path / "unpacked/zotuner/__init__.py"), "32", *shipped()], done.stderr
+    assert done.stdout.split() == [str(tmp_path / "unpacked/zotuner/__init__.py"), "272", *shipped()], done.stderr
