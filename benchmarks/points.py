@@ -1,10 +1,11 @@
 """What nets that blocks share are worth, by the points of a meta-training: docs/results.md, 2026-11-27.
 
     python meta_train.py --config configs/meta/smollm2-135m-instruct.yaml --tasks copa demo-sentiment ... --out RUN
-    python benchmarks/points.py RUN [--bands 1 3 6] [--bounds 2 3] [--leave-out TASK ...] [--architecture abs]
+    python benchmarks/points.py RUN [--bands 1 3 6] [--bounds 2 3] [--leave-out TASK ...] [--architecture abs] [--blind]
 
 Nets are learned anew, in seconds, from what each point said (`points.safetensors`, of --meta-loss expected and
 --granularity block), of all tasks or of all but one. A line each: the gain over sigma = 1, geometric mean and by phase.
+Nets that are blind are told nothing, so each is a number. --write keeps the nets of all tasks that a last line is of.
 """
 
 import argparse
@@ -29,8 +30,8 @@ Scales = Callable[[torch.Tensor], torch.Tensor]  # (..., n, 5) what the nets see
 
 def learned(
     config: MetaTrainConfig, points: dict, numels: torch.Tensor, groups: tuple[list[int], list[int]], keep: list[int]
-) -> Scales:
-    """Scales of nets learned of the points of these numbers, by what the nets see."""
+) -> tuple[PertNNBank, Scales]:
+    """Nets learned of the points of these numbers, one a block, and their scales by what they see."""
     firsts, of_block = groups[0], torch.tensor(groups[1])
     bank = PertNNBank(len(of_block), config.architecture, seed=config.seed).chosen(firsts)
     optimizer = torch.optim.Adam(bank.parameters(), lr=config.outer_lr)
@@ -48,7 +49,7 @@ def learned(
         optimizer.zero_grad()
         objective.backward()
         optimizer.step()
-    return scales
+    return bank.chosen(groups[1]), scales
 
 
 @torch.no_grad()
@@ -74,6 +75,8 @@ def main() -> None:
     parser.add_argument("--bounds", type=float, nargs="+", default=[3.0], help="of a scale of exp nets")
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="TASK", help="a line for each, beside all")
     parser.add_argument("--architecture", choices=("exp", "abs"), help="default: the run's")
+    parser.add_argument("--blind", action="store_true", help="nets are told nothing")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="the nets of all tasks' points, as a tuner")
     args = parser.parse_args()
     tuner = Tuner.from_pretrained(args.run)
     made = {k: v for k, v in tuner.info.config.items() if k in MetaTrainConfig.model_fields}
@@ -82,6 +85,8 @@ def main() -> None:
     with safe_open(args.run / "points.safetensors", framework="pt") as file:
         points = {name: file.get_tensor(name) for name in ("inputs", "own")}
         points["phases"] = json.loads(file.metadata()["phases"])
+    if args.blind:
+        points["inputs"] = torch.zeros_like(points["inputs"])
     numels = torch.tensor([block.numel for block in tuner.info.blocks])
     seconds = read_json(args.run / "summary.json")["seconds"]
     print(f"{args.run}: {len(points['phases'])} points in {seconds:.0f} s, {len(numels)} blocks")
@@ -91,7 +96,13 @@ def main() -> None:
             zotuner.pertnn.LIMIT = math.log(bound)
             for without in [None, *args.leave_out]:
                 keep = [i for i, name in enumerate(points["phases"]) if without is None or name.split()[0] != without]
-                reached = gains(points, learned(config, points, numels, groups, keep))
+                bank, scales = learned(config, points, numels, groups, keep)
+                if args.write and without is None:
+                    if args.blind:
+                        torch.nn.init.zeros_(bank.w1)
+                    info = tuner.info.model_copy(update={"architecture": config.architecture})
+                    Tuner(info, bank).save_pretrained(args.write)
+                reached = gains(points, scales)
                 mean = math.exp(sum(math.log(x) for x in reached.values()) / len(reached))
                 what = f"bands {bands or 'none'} ({len(groups[0])} nets), bound {bound:g}"
                 print(
