@@ -23,7 +23,7 @@ Use it on the base model, on its fine-tunes and merges, and on any task, with fo
 import zotuner
 
 tuner = zotuner.Tuner.from_pretrained("this folder or its Hub id")
-opt = zotuner.ZOFineTuner(model, tuner, lr=1e-6)
+opt = zotuner.ZOFineTuner(model, tuner, lr=4e-5)  # the normalisation lets MeZO's best one carry over
 loss = opt.step(closure)
 ```
 
