@@ -5,7 +5,7 @@
 
 Nets are learned anew, in seconds, from what each point said (`points.safetensors`, of --meta-loss expected and
 --granularity block), of all tasks or of all but one. A line each: the gain over sigma = 1, geometric mean and by phase.
-Nets that are blind are told nothing, so each is a number. --write keeps the nets of all tasks that a last line is of.
+Nets that are blind are told nothing, so each is a number. --out keeps the nets of all tasks that a last line is of.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="TASK", help="a line for each, beside all")
     parser.add_argument("--architecture", choices=("exp", "abs"), help="default: the run's")
     parser.add_argument("--blind", action="store_true", help="nets are told nothing")
-    parser.add_argument("--write", type=Path, metavar="DIR", help="the nets of all tasks' points, as a tuner")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the nets of all tasks' points, as a tuner")
     args = parser.parse_args()
     tuner = Tuner.from_pretrained(args.run)
     made = {k: v for k, v in tuner.info.config.items() if k in MetaTrainConfig.model_fields}
@@ -97,11 +97,11 @@ def main() -> None:
             for without in [None, *args.leave_out]:
                 keep = [i for i, name in enumerate(points["phases"]) if without is None or name.split()[0] != without]
                 bank, scales = learned(config, points, numels, groups, keep)
-                if args.write and without is None:
+                if args.out and without is None:
                     if args.blind:
                         torch.nn.init.zeros_(bank.w1)
                     info = tuner.info.model_copy(update={"architecture": config.architecture})
-                    Tuner(info, bank).save_pretrained(args.write)
+                    Tuner(info, bank).save_pretrained(args.out)
                 reached = gains(points, scales)
                 mean = math.exp(sum(math.log(x) for x in reached.values()) / len(reached))
                 what = f"bands {bands or 'none'} ({len(groups[0])} nets), bound {bound:g}"
