@@ -356,6 +356,22 @@ def test_training_losses_are_compared_step_by_step(tmp_path: Path) -> None:
     assert (better.training.mean, better.training.error) == pytest.approx((0.0, 0.0))
     assert better.training.std == pytest.approx(0.5 * 2**0.5)
     assert [standing.training_wins for standing in results.standings] == [0, None, None, None]
+    assert better.training_parts == ()  # fewer steps than parts
+
+
+def test_training_losses_are_compared_over_the_run_and_drawn(tmp_path: Path) -> None:
+    methods = {name: {"method": "mezo", "lr": 1e-5} for name in ("mezo", "better")}
+    file = yaml_file(tmp_path, tasks=["sst2"], methods=methods, seeds=[0, 1])
+    for run in (runs := planned(file, tmp_path / "out")):
+        write_run(run, [1.0, 0.5])
+        down = (run.method == "better") * (1 + run.seed) / 100
+        write_losses(run, [[2.0 - down * (step // 3)] for step in range(30)])
+    results = results_of((file, runs))
+    better = results.rows[1]
+    assert [part.mean for part in better.training_parts] == pytest.approx([-0.015 * k for k in range(10)], abs=1e-6)
+    assert better.training.mean == pytest.approx(-0.015 * 4.5, abs=1e-6)
+    write(results, tmp_path, jobs=1)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_zero_shot_evaluation_may_be_left_out_of_a_comparison_that_was_begun_with_it(tmp_path: Path) -> None:
@@ -489,6 +505,7 @@ def test_the_results_are_written_as_json_text_page_and_pictures(compared: Any, t
     assert "0.004 (edge)" in table
     assert "too narrow" in table
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert not (tmp_path / "training.png").exists()  # these runs have no ledger
     pictures = [(tmp_path / name).read_bytes() for name in ("curves.png", "lr.png")]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert pictures[0] != pictures[1]

@@ -1,7 +1,7 @@
 """Methods side by side at an equal budget: tasks x methods x learning rates x seeds, each run a process of its own.
 
 YAML  ->  Comparison (`spec`)  ->  runs (`plan`)  ->  processes (`work`, `children`)  ->  run directories (`state`)
-      ->  figures  ->  results.json, table.txt, report.html, curves.png, lr.png (`results`)
+      ->  figures  ->  results.json, table.txt, report.html, curves.png, training.png, lr.png (`results`)
 """
 
 from pathlib import Path

@@ -6,8 +6,8 @@ The SVG has no outside reference, and the page's own colour for text.
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,36 +31,31 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
 
 def task_chart(rows: Sequence[Row], colors: Mapping[str, str], unit: Unit) -> str:
-    """Loss on dev against what it cost (mean and band of a standard deviation over seeds), and against the lr."""
+    """Loss on dev against what it cost and against the lr, and losses in training against the baseline's."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = dict.fromkeys(DRAWN_IN_INK, INK)
     style |= {"svg.fonttype": "none", "svg.hashsalt": rows[0].task, "axes.facecolor": "none"}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(10.5, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _draw_curves(left, rows, colors, unit)
-        _draw_grids(right, rows, colors)
-        left.set_title("the chosen lr of each method")
-        right.set_title("each lr of the grids")
-        handles, labels = left.get_legend_handles_labels()
+        figure = Figure(figsize=(13, 4), layout="constrained")
+        panels = figure.subplots(1, len(PANELS))
+        for axes, panel in zip(panels, PANELS.values(), strict=True):
+            panel.draw(axes, rows, colors, unit)
+            axes.set(ylabel=panel.shows, title=panel.title)
+        handles, labels = panels[0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
         return _svg(figure)
 
 
-def overview(
-    tasks: Mapping[str, Sequence[Row]], colors: Mapping[str, str], unit: Unit, *, grids: bool = False
-) -> bytes | None:
-    """A panel a task as PNG: dev loss against what it cost, or, with `grids`, the best one of every lr.
-
-    None where no run has come to a second evaluation yet.
-    """
+def overview(tasks: Mapping[str, Sequence[Row]], colors: Mapping[str, str], unit: Unit, what: str) -> bytes | None:
+    """One of `PANELS` for each task as PNG; None where there is nothing to draw yet."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    drawn = {task: rows for task, rows in tasks.items() if _with_curves(rows)}
+    panel = PANELS[what]
+    drawn = {task: rows for task, rows in tasks.items() if panel.has(rows)}
     if not drawn:
         return None
     across = min(PER_ROW, len(drawn))
@@ -68,18 +63,14 @@ def overview(
     figure = Figure(figsize=(3.4 * across, 2.7 * down + 0.5), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for axes, (task, rows) in zip(panels, drawn.items(), strict=False):
-        if grids:
-            _draw_grids(axes, rows, colors)
-        else:
-            _draw_curves(axes, rows, colors, unit)
+        panel.draw(axes, rows, colors, unit)
         axes.set_title(task)
-        axes.set_ylabel("")
     for axes in panels[len(drawn) :]:
         axes.set_axis_off()
-    methods = dict.fromkeys(row.method for rows in drawn.values() for row in _with_curves(rows))
+    methods = dict.fromkeys(row.method for rows in drawn.values() for row in panel.has(rows))
     handles = [Line2D([], [], color=colors[method], marker="o", ms=3, label=method) for method in methods]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
-    figure.supylabel("best dev loss" if grids else "dev loss", fontsize="medium")
+    figure.supylabel(panel.shows, fontsize="medium")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -109,12 +100,29 @@ def _draw_curves(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str], u
         axes.plot(x, mean, "o-", ms=3, color=colors[row.method], label=label)
         if len(row.curves) > 1:
             axes.fill_between(x, mean - std, mean + std, color=colors[row.method], alpha=0.2, linewidth=0)
-    axes.set(xlabel=unit, ylabel="dev loss")
+    axes.set_xlabel(unit)
     axes.grid(alpha=0.3)
     _limit(axes, [point.loss for row in drawn for curve in row.curves.values() for point in curve], drawn)
 
 
-def _draw_grids(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str]) -> None:
+def _with_training(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.training_parts]
+
+
+def _draw_training(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str], unit: Unit) -> None:
+    """Means of equal parts of the run, with a band of their standard error; 0 is the baseline."""
+    axes.axhline(0, color="#8c8c8c", linewidth=1)
+    for row in _with_training(rows):
+        mean = np.array([part.mean for part in row.training_parts])
+        error = np.array([(part.error or 0.0) / math.sqrt(part.count) for part in row.training_parts])
+        x = (np.arange(len(mean)) + 0.5) / len(mean)
+        axes.plot(x, mean, "o-", ms=3, color=colors[row.method])
+        axes.fill_between(x, mean - error, mean + error, color=colors[row.method], alpha=0.15, linewidth=0)
+    axes.set(xlabel=f"share of the {unit}", xlim=(0, 1))
+    axes.grid(alpha=0.3)
+
+
+def _draw_grids(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str], unit: Unit) -> None:
     """The best loss on dev of each lr, a star on the chosen one; crosses at the top are lrs that failed."""
     lrs: list[float] = []
     for row in rows:
@@ -131,7 +139,7 @@ def _draw_grids(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str]) ->
         lrs += x + failed
     if lrs:
         _log_scale(axes, lrs)
-    axes.set(xlabel="lr", ylabel="best dev loss")
+    axes.set_xlabel("lr")
     axes.grid(alpha=0.3)
     _limit(axes, [tried.dev.mean for row in rows for tried in row.tried if tried.dev], rows)
 
@@ -163,3 +171,26 @@ def _svg(figure: "Figure") -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
     return text.replace(INK, "currentColor")
+
+
+class Panel(NamedTuple):
+    """What a panel shows.
+
+    Attributes:
+        draw: Draws it.
+        has: The rows of a task of which it shows anything.
+        shows: The label of its values.
+        title: Beside the others of a task.
+    """
+
+    draw: Callable[["Axes", Sequence[Row], Mapping[str, str], Unit], None]
+    has: Callable[[Sequence[Row]], list[Row]]
+    shows: str
+    title: str
+
+
+PANELS = {
+    "curves": Panel(_draw_curves, _with_curves, "dev loss", "the chosen lr of each method"),
+    "training": Panel(_draw_training, _with_training, "training loss - baseline's", "the same batches"),
+    "lr": Panel(_draw_grids, _with_curves, "best dev loss", "each lr of the grids"),
+}

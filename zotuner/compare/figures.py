@@ -16,6 +16,7 @@ from zotuner.compare.state import Point, Status
 from zotuner.metrics import standard_error
 
 Edge = Literal["", "lowest", "highest", "only"]
+PARTS = 10  # that a run's steps are cut into, where their losses are shown over the run
 SHARES = ("accuracy", "em")  # metrics that are a share of the examples
 
 
@@ -61,6 +62,7 @@ class Row:
         gap: The loss on test minus the baseline's, example by example, of the seeds that both have; its `error` is that
             of a mean of differences. None for the baseline, and where nothing can be compared.
         training: The mean loss of the steps' batches minus the baseline's, step by step, likewise.
+        training_parts: The same of equal parts of the run, in order; empty where there are fewer steps than parts.
         metrics: On the test examples; the first one is the task's main one.
         reach: None for the baseline's own runs that never improved, and where nothing can be compared.
         speedup: The baseline's own shares over this method's; `reach.at_least` makes it an upper bound.
@@ -79,6 +81,7 @@ class Row:
     test: Spread | None = None
     gap: Spread | None = None
     training: Spread | None = None
+    training_parts: tuple[Spread, ...] = ()
     metrics: Mapping[str, Spread] = field(default_factory=dict)
     reach: Reach | None = None
     speedup: float | None = None
@@ -188,6 +191,8 @@ def _row(
     names = [name for name in summaries[0]["final"] if name != "loss"]
     examples = min(summary["examples"]["test"] for summary in summaries)
     reach, speedup = _reach(mine, base, spec.budget_of(task))
+    other = base if method != spec.baseline else {}
+    steps = _differences(mine, other, _of_steps)
     return Row(
         task,
         method,
@@ -203,8 +208,9 @@ def _row(
             [_or_nan(summary["final"]["loss"]) for summary in summaries],
             [standard_error(status.test_losses) for status in mine.values()],
         ),
-        _difference(mine, base, _of_examples) if method != spec.baseline else None,
-        _difference(mine, base, _of_steps) if method != spec.baseline else None,
+        _mean(_differences(mine, other, _of_examples)),
+        _mean(steps),
+        _parts(steps),
         {name: _metric(name, [_or_nan(s["final"][name]) for s in summaries], examples) for name in names},
         reach,
         speedup,
@@ -218,15 +224,23 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _difference(
-    mine: Mapping[int, Status],
-    base: Mapping[int, Status],
-    of: Callable[[Status, Status], list[float]],
-) -> Spread | None:
-    """Seed by seed: the same seed draws the same test examples, and the same batches."""
+def _differences(
+    mine: Mapping[int, Status], base: Mapping[int, Status], of: Callable[[Status, Status], list[float]]
+) -> list[list[float]]:
+    """Of each seed that has any: the same seed draws the same test examples, and the same batches."""
     found = [of(mine[seed], base[seed]) for seed in sorted(set(mine) & set(base))]
-    known = [each for each in found if each]
-    return spread([fmean(each) for each in known], [standard_error(each) for each in known])
+    return [each for each in found if each]
+
+
+def _mean(differences: Sequence[Sequence[float]]) -> Spread | None:
+    return spread([fmean(each) for each in differences], [standard_error(each) for each in differences])
+
+
+def _parts(differences: Sequence[Sequence[float]]) -> tuple[Spread, ...]:
+    if min(map(len, differences), default=0) < PARTS:
+        return ()
+    cut = [[each[len(each) * k // PARTS : len(each) * (k + 1) // PARTS] for each in differences] for k in range(PARTS)]
+    return tuple(part for part in map(_mean, cut) if part)
 
 
 def _of_examples(mine: Status, base: Status) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 
-from zotuner.compare.charts import COLORS, overview, task_chart
+from zotuner.compare.charts import COLORS, PANELS, overview, task_chart
 from zotuner.compare.figures import Row, Standing, rows_of, standings_of
 from zotuner.compare.plan import Planned
 from zotuner.compare.spec import Comparison, TaskEntry
@@ -28,7 +28,6 @@ from zotuner.metrics import write_json
 from zotuner.progress import PIPE_WIDTH
 
 RESULTS, TABLE, PAGE = "results.json", "table.txt", "report.html"
-CURVES, GRIDS = "curves.png", "lr.png"
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,10 @@ def write(results: Results, out: Path, jobs: int) -> None:
     write_atomically(out / TABLE, "".join(line.rstrip() + "\n" for line in buffer.getvalue().splitlines()))
     write_atomically(out / PAGE, page(results, jobs))
     tasks = {task.task: _rows_of(results, task) for task in results.spec.tasks}
-    for name, grids in ((CURVES, False), (GRIDS, True)):
-        picture = overview(tasks, _colors(results.spec), results.spec.budget.unit, grids=grids)
+    for name in PANELS:
+        picture = overview(tasks, _colors(results.spec), results.spec.budget.unit, name)
         if picture is not None:
-            write_atomically(out / name, picture)
+            write_atomically(out / f"{name}.png", picture)
 
 
 def tables_of(results: Results) -> Group:
