@@ -17,6 +17,7 @@ from zotuner.metrics import standard_error
 
 Edge = Literal["", "lowest", "highest", "only"]
 PARTS = 10  # that a run's steps are cut into, where their losses are shown over the run
+DRAWS = ("batch_size", "train_size", "dev_size")  # options that decide what a seed's batches are
 SHARES = ("accuracy", "em")  # metrics that are a share of the examples
 
 
@@ -251,10 +252,10 @@ def _of_examples(mine: Status, base: Status) -> list[float]:
 def _of_steps(mine: Status, base: Status) -> list[float]:
     """Nothing where steps differ in what they saw, or how often they evaluated it; those that failed are left out."""
     ours, theirs = mine.step_losses, base.step_losses
-    seen = [
-        (s.planned.config.batch_size, s.planned.config.train_size, list(map(len, s.step_losses))) for s in (mine, base)
-    ]
-    if seen[0] != seen[1]:
+    configs = mine.planned.config, base.planned.config
+    if any(getattr(configs[0], key) != getattr(configs[1], key) for key in DRAWS):
+        return []
+    if [*map(len, ours)] != [*map(len, theirs)]:
         return []
     differences = [fmean(own) - fmean(other) for own, other in zip(ours, theirs, strict=True)]
     return [each for each in differences if math.isfinite(each)]
