@@ -57,15 +57,19 @@ def gains(points: dict, scales: Scales) -> dict[str, float]:
     """Over sigma = 1, by phase."""
     found = {}
     for phase in sorted(set(points["phases"])):
-        at = [i for i, name in enumerate(points["phases"]) if name == phase]
-        whole, sigma = means(points, phase), scales(points["inputs"][at].mean(dim=0))
+        whole, sigma = means(points, phase), scales(points["inputs"][numbers(points, phase)].mean(dim=0))
         found[phase] = gain(whole, sigma) / gain(whole, torch.ones_like(sigma))
     return found
 
 
 def means(points: dict, phase: str) -> torch.Tensor:
     """(3, n) of all points of a phase."""
-    return points["own"][[i for i, name in enumerate(points["phases"]) if name == phase]].mean(dim=0)
+    return points["own"][numbers(points, phase)].mean(dim=0)
+
+
+def numbers(points: dict, phase: str) -> list[int]:
+    """Of the points of a phase."""
+    return [i for i, name in enumerate(points["phases"]) if name == phase]
 
 
 def main() -> None:

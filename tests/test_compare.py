@@ -335,6 +335,7 @@ def test_training_losses_are_compared_step_by_step(tmp_path: Path) -> None:
     methods = {
         **{name: {"method": "mezo", "lr": 1e-5} for name in ("mezo", "better")},
         "other-batches": {"method": "mezo", "lr": 1e-5, "batch_size": 4},
+        "other-dev": {"method": "mezo", "lr": 1e-5, "dev_size": 50},
         "more-losses": {"method": "fzoo", "lr": 1e-3, "num_perturbations": 2},
         "adam": {"lr": 1e-6},
     }
@@ -343,6 +344,7 @@ def test_training_losses_are_compared_step_by_step(tmp_path: Path) -> None:
         "mezo": [[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]],
         "better": [[1.0, 1.0], [float("nan"), 3.0], [3.0, 3.0]],
         "other-batches": [[0.0, 0.0]] * 3,
+        "other-dev": [[0.0, 0.0]] * 3,
         "more-losses": [[0.0, 0.0, 0.0]] * 3,
     }
     for run in (runs := planned(file, tmp_path / "out")):
@@ -351,11 +353,11 @@ def test_training_losses_are_compared_step_by_step(tmp_path: Path) -> None:
             write_losses(run, [[x + run.seed * (run.method == "better") for x in each] for each in losses[run.method]])
     results = results_of((file, runs))
     mezo, better, *others = results.rows
-    assert [row.training for row in (mezo, *others)] == [None] * 4
+    assert [row.training for row in (mezo, *others)] == [None] * 5
     # differences 0: -0.5, -0.5; 1: 0.5, 0.5; a step that failed says nothing
     assert (better.training.mean, better.training.error) == pytest.approx((0.0, 0.0))
     assert better.training.std == pytest.approx(0.5 * 2**0.5)
-    assert [standing.training_wins for standing in results.standings] == [0, None, None, None]
+    assert [standing.training_wins for standing in results.standings] == [0, None, None, None, None]
     assert better.training_parts == ()  # fewer steps than parts
 
 
