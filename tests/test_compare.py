@@ -617,7 +617,8 @@ def test_a_run_that_is_killed_is_noted_the_others_go_on_and_the_next_call_goes_o
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     methods = {"mezo": {"lr": 1e-3}, "fzoo": {"lr": 1e-2, "num_perturbations": 3}}
-    file, out = tiny(model_dir, tmp_path, budget={"forwards": 300}, methods=methods), tmp_path / "out"
+    budget = {"forwards": 500}  # so many that the run is still under way when the signal comes
+    file, out = tiny(model_dir, tmp_path, budget=budget, methods=methods), tmp_path / "out"
     mezo, fzoo = planned(file, out)
 
     def kill() -> None:
@@ -638,10 +639,10 @@ def test_a_run_that_is_killed_is_noted_the_others_go_on_and_the_next_call_goes_o
 
     assert call("compare", file, "--out", out) == 0
     assert "--resume=" in mezo.folder.with_name("seed-0.log").read_text()
-    assert [read_rows(run.folder / "metrics.jsonl")[-1]["forwards"] for run in (mezo, fzoo)] == [300, 300]
+    assert [read_rows(run.folder / "metrics.jsonl")[-1]["forwards"] for run in (mezo, fzoo)] == [500, 500]
     assert not (out / ".lock").exists()
 
-    tiny(model_dir, tmp_path, budget={"forwards": 300}, methods={"mezo": {"lr": 1e-3, "eps": 1e-2}})
+    tiny(model_dir, tmp_path, budget=budget, methods={"mezo": {"lr": 1e-3, "eps": 1e-2}})
     capsys.readouterr()
     assert call("compare", file, "--out", out) == 2
     line = assert_one_error_line(capsys.readouterr().err)
