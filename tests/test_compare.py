@@ -513,6 +513,16 @@ def test_the_results_are_written_as_json_text_page_and_pictures(compared: Any, t
     assert pictures[0] != pictures[1]
 
 
+def test_a_chosen_lr_that_lies_above_the_chart_leaves_room_for_the_chart(tmp_path: Path) -> None:
+    """matplotlib warns where it does not, and warnings are errors here."""
+    methods = {"mezo": {"lr": 1e-3}, "fzoo": {"lr": 1e-2}}
+    file = yaml_file(tmp_path, tasks=["sst2"], methods=methods, seeds=[0])
+    for run in (runs := planned(file, tmp_path / "out")):
+        write_run(run, [0.7, 5.0] if run.method == "mezo" else [0.7, 0.65])
+    write(results_of((file, runs)), tmp_path, jobs=1)
+    assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_report_of_nothing_done_yet_is_made_too(tmp_path: Path) -> None:
     runs = planned(file := yaml_file(tmp_path), tmp_path / "out")
     results = collect(Comparison.read(file), runs)
@@ -617,8 +627,7 @@ def test_a_run_that_is_killed_is_noted_the_others_go_on_and_the_next_call_goes_o
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     methods = {"mezo": {"lr": 1e-3}, "fzoo": {"lr": 1e-2, "num_perturbations": 3}}
-    budget = {"forwards": 500}  # so many that the run is still under way when the signal comes
-    file, out = tiny(model_dir, tmp_path, budget=budget, methods=methods), tmp_path / "out"
+    file, out = tiny(model_dir, tmp_path, budget={"forwards": 300}, methods=methods), tmp_path / "out"
     mezo, fzoo = planned(file, out)
 
     def kill() -> None:
@@ -639,10 +648,10 @@ def test_a_run_that_is_killed_is_noted_the_others_go_on_and_the_next_call_goes_o
 
     assert call("compare", file, "--out", out) == 0
     assert "--resume=" in mezo.folder.with_name("seed-0.log").read_text()
-    assert [read_rows(run.folder / "metrics.jsonl")[-1]["forwards"] for run in (mezo, fzoo)] == [500, 500]
+    assert [read_rows(run.folder / "metrics.jsonl")[-1]["forwards"] for run in (mezo, fzoo)] == [300, 300]
     assert not (out / ".lock").exists()
 
-    tiny(model_dir, tmp_path, budget=budget, methods={"mezo": {"lr": 1e-3, "eps": 1e-2}})
+    tiny(model_dir, tmp_path, budget={"forwards": 300}, methods={"mezo": {"lr": 1e-3, "eps": 1e-2}})
     capsys.readouterr()
     assert call("compare", file, "--out", out) == 2
     line = assert_one_error_line(capsys.readouterr().err)

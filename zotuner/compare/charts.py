@@ -133,7 +133,7 @@ def _draw_grids(axes: "Axes", rows: Sequence[Row], colors: Mapping[str, str], un
         axes.errorbar(x, y, [dev.std or 0.0 for _, dev in known], fmt="o-", ms=4, color=color, capsize=2)
         chosen = [(lr, dev.mean) for lr, dev in known if lr == row.lr]
         if chosen:
-            axes.plot(*zip(*chosen, strict=True), "*", ms=14, color=color, clip_on=False)
+            axes.plot(*zip(*chosen, strict=True), "*", ms=14, color=color)
         if failed:
             axes.plot(failed, [0.97] * len(failed), "x", color=color, transform=axes.get_xaxis_transform())
         lrs += x + failed
