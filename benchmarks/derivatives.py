@@ -1,8 +1,8 @@
 """Derivative checkpoints of the packaged model, on which a tuner is to serve unchanged.
 
-    python benchmarks/derivatives.py DATA_DIR OUT [--task boolq] [--steps 60]
+    python benchmarks/derivatives.py DATA_DIR OUT [--steps 150]
 
-makes OUT/adam (all weights tuned by Adam on a task), OUT/lora (a LoRA tuned by Adam on it, merged) and OUT/bfloat16
+makes OUT/adam (all weights tuned by Adam on SNLI), OUT/lora (a LoRA tuned by Adam on it, merged) and OUT/bfloat16
 (the model's weights in another type). Each is a folder for --model; those that are there are kept.
 """
 
@@ -12,21 +12,25 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from peft import PeftModel
 
 import zotuner
 
 MODEL = "smollm2-135m-instruct"
+SNLI = {  # for causal models, in the words of CB
+    "prompt": 'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
+    "candidates": ["Yes", "Maybe", "No"],
+    "label": "label",
+}
 
 
-def tune(data: Path, task: str, steps: int, out: Path, *options: str) -> Path:
+def tune(task: Path, steps: int, out: Path, *options: str) -> Path:
     """Runs Adam as anybody would; returns the folder of what it saved."""
-    settings = {
-        **{"model": MODEL, "task": task, "data-dir": data, "method": "adam", "out": out, "steps": steps},
-        **{"batch-size": 8, "max-length": 256, "dev-size": 64, "eval-size": 64},
-    }
+    settings = {"model": MODEL, "task": task, "method": "adam", "out": out, "steps": steps, "batch-size": 8}
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "zotuner", "finetune", "--save-model", "--overwrite", *flags, *options]
+    sizes = ["--dev-size=200", "--eval-size=200", f"--eval-every={steps // 3}"]
+    command = [sys.executable, "-m", "zotuner", "finetune", "--save-model", "--overwrite", *flags, *sizes, *options]
     subprocess.run(command, check=True)
     return out / "model"
 
@@ -35,15 +39,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--task", default="boolq")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=150)
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    task = given.out / "snli-causal.yaml"
+    task.write_text(yaml.safe_dump(SNLI | {"train": str((given.data / "snli" / "train.jsonl").resolve())}))
     base, tokenizer = zotuner.load_model(MODEL)
     if not (given.out / "adam").exists():
-        tune(given.data, given.task, given.steps, given.out / "runs" / "adam").rename(given.out / "adam")
+        tune(task, given.steps, given.out / "runs" / "adam").rename(given.out / "adam")
     if not (given.out / "lora").exists():
-        options = ["--adapter", "lora", "--lr", "3e-4"]
-        adapter = tune(given.data, given.task, given.steps, given.out / "runs" / "lora", *options)
+        adapter = tune(task, given.steps, given.out / "runs" / "lora", "--adapter=lora", "--lr=3e-4")
         merged = PeftModel.from_pretrained(zotuner.load_model(MODEL)[0], str(adapter)).merge_and_unload()
         merged.save_pretrained(given.out / "lora")
         tokenizer.save_pretrained(given.out / "lora")
