@@ -395,8 +395,8 @@ def test_no_big_weight_is_ever_whole_in_float(bits: int, monkeypatch: pytest.Mon
 @both
 @torch.no_grad()
 def test_mezo_lowers_a_loss(bits: int) -> None:
-    """In the mean over seeds for 4 bits: where one run of their roundings ends hangs on the last bit of a sum, and so on
-    the processor. Over eight seeds on one, the gain was 0.15 with a standard deviation of 0.06."""
+    """In the mean over seeds for 4 bits: where one run of their roundings ends hangs on the last bit of a sum, and so
+    on the processor. Over eight seeds on one, the gain was 0.15 with a standard deviation of 0.06."""
     gains = []
     seeds, least = {8: (1, 0.15), 4: (4, 0.04)}[bits]
     for seed in range(seeds):
