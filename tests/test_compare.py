@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from rich.console import Console
 from test_cli import assert_one_error_line, call
 
-from zotuner.compare.charts import mean_curve
+from zotuner.compare.charts import _draw_curves, mean_curve
 from zotuner.compare.children import last_words
 from zotuner.compare.figures import first_reach
 from zotuner.compare.plan import Planned, expand
@@ -521,6 +522,15 @@ def test_a_chosen_lr_that_lies_above_the_chart_leaves_room_for_the_chart(tmp_pat
         write_run(run, [0.7, 5.0] if run.method == "mezo" else [0.7, 0.65])
     write(results_of((file, runs)), tmp_path, jobs=1)
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_hardly_anything_falls_what_rises_a_little_stays_on_the_chart(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, tasks=["sst2"], methods={"mezo": {"lr": 1e-3}, "fzoo": {"lr": 1e-2}}, seeds=[0])
+    for run in (runs := planned(file, tmp_path / "out")):
+        write_run(run, [0.710, 0.718] if run.method == "mezo" else [0.710, 0.708])
+    axes = Figure().subplots()
+    _draw_curves(axes, results_of((file, runs)).rows, {"mezo": "r", "fzoo": "b"}, "forwards")
+    assert axes.get_ylim()[1] > 0.718
 
 
 def test_a_report_of_nothing_done_yet_is_made_too(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ INK = "#010203"  # drawn with, and then replaced by the page's text colour
 DRAWN_IN_INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 PER_ROW = 4  # tasks in a picture of all
 HEADROOM = 0.25  # of the fall of the loss: what is shown above the start; runs that diverge leave the chart
+LEAST_HEADROOM = 0.02  # of the loss at the start: where hardly anything falls, what rises a little is seen
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
@@ -160,7 +161,8 @@ def _limit(axes: "Axes", values: Sequence[float], rows: Sequence[Row]) -> None:
     known = [value for value in values if np.isfinite(value)]
     if known and start and min(known) < max(start):
         fall = max(start) - min(known)
-        axes.set_ylim(min(known) - 0.08 * fall, min(axes.get_ylim()[1], max(start) + HEADROOM * fall))
+        headroom = max(HEADROOM * fall, LEAST_HEADROOM * max(start))
+        axes.set_ylim(min(known) - 0.08 * fall, min(axes.get_ylim()[1], max(start) + headroom))
 
 
 def _svg(figure: "Figure") -> str:
