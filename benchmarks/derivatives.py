@@ -27,10 +27,12 @@ SNLI = {  # for causal models, in the words of CB
 
 def tune(task: Path, steps: int, out: Path, *options: str) -> Path:
     """Runs Adam as anybody would; returns the folder of what it saved."""
-    settings = {"model": MODEL, "task": task, "method": "adam", "out": out, "steps": steps, "batch-size": 8}
+    settings = {
+        **{"model": MODEL, "task": task, "method": "adam", "out": out, "steps": steps},
+        **{"batch-size": 8, "dev-size": 200, "eval-size": 200},
+    }
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    sizes = ["--dev-size=200", "--eval-size=200", f"--eval-every={steps // 3}"]
-    command = [sys.executable, "-m", "zotuner", "finetune", "--save-model", "--overwrite", *flags, *sizes, *options]
+    command = [sys.executable, "-m", "zotuner", "finetune", "--save-model", "--overwrite", *flags, *options]
     subprocess.run(command, check=True)
     return out / "model"
 

@@ -396,19 +396,20 @@ def test_no_big_weight_is_ever_whole_in_float(bits: int, monkeypatch: pytest.Mon
 @torch.no_grad()
 def test_mezo_lowers_a_loss(bits: int) -> None:
     """In the mean over seeds for 4 bits: where one run of their roundings ends hangs on the last bit of a sum, and so
-    on the processor. Over eight seeds on one, the gain was 0.15 with a standard deviation of 0.06."""
-    gains = []
-    seeds, least = {8: (1, 0.15), 4: (4, 0.04)}[bits]
-    for seed in range(seeds):
+    on the processor. The lr falls to 0, since roundings at a constant one undo much of what was won: over eight seeds
+    the gain is 0.31 with a standard deviation of 0.05; at a constant 5e-4 it was 0.15 and 0.06."""
+    gains, steps, lr = [], 400, 2e-3
+    for seed in range({8: 1, 4: 3}[bits]):
         model: Any = quantize_(lively(), bits)
         closure, before = closure_of(model), codes_of(model)
         start = float(closure())
-        opt = MeZO(model, lr=5e-4, eps=1e-3, noise="rademacher", seed=seed)  # 2e-3: rounding to 4 bits outdoes descent
-        for _ in range(400):
+        opt = MeZO(model, lr=lr, eps=1e-3, noise="rademacher", seed=seed)
+        for step in range(steps):
+            opt.param_groups[0]["lr"] = lr * (1 - step / steps)
             opt.step(closure)
         gains.append(start - float(closure()))
         assert not same(codes_of(model), before)
-    assert mean(gains) > least
+    assert mean(gains) > 0.15
 
 
 OTHERS: dict[str, Callable[[Any, Tuner], ZOOptimizer]] = {
