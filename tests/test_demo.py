@@ -14,7 +14,8 @@ from zotuner.tuner import Tuner
 
 @pytest.fixture
 def tuner(model_dir: Path, tmp_path: Path) -> Path:
-    Tuner.for_model(load_model(model_dir)[0], "abs").save_pretrained(tmp_path / "tuner")
+    made = Tuner.for_model(load_model(model_dir)[0], "abs", tasks=("copa", "demo-sentiment"))
+    made.save_pretrained(tmp_path / "tuner")
     return tmp_path / "tuner"
 
 
@@ -28,6 +29,7 @@ def test_the_demo_spends_the_same_forwards_on_every_method(
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert all(method in printed for method in (*demo.RUNS, "zero-shot"))
+    assert "the tuner was meta-trained on copa, demo-sentiment" in printed, "the demo's task is one of them"
 
 
 def test_the_demo_keeps_away_from_folders_that_are_not_its_own(

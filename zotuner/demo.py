@@ -12,7 +12,7 @@ from zotuner.errors import ZotunerError
 from zotuner.files import is_run
 from zotuner.progress import stdout
 from zotuner.report import plot, table
-from zotuner.tuner import locate
+from zotuner.tuner import Tuner
 
 MODEL, TASK = "smollm2-135m-instruct", "demo-sentiment"
 NUM_PERTURBATIONS = 8  # of FZOO
@@ -31,7 +31,7 @@ def demo(out: Path, tuner: str, forwards: int) -> None:
     Raises:
         ZotunerError: A run failed, or the tuner is missing.
     """
-    locate(tuner)
+    tasks = Tuner.from_pretrained(tuner).info.tasks
     if out.exists() and (not out.is_dir() or any(p.is_dir() and not is_run(p) for p in out.iterdir())):
         raise ZotunerError(f"{out}: expected a new folder or an earlier demo's; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -51,4 +51,6 @@ def demo(out: Path, tuner: str, forwards: int) -> None:
     plot(runs, out / "loss.png")
     console = stdout()
     console.print(table(runs, title=f"{MODEL} on {TASK}, {forwards} forward passes each"))
+    if TASK in tasks:
+        console.print(f"the tuner was meta-trained on {', '.join(tasks)}", highlight=False)
     console.print(f"loss curves: {out / 'loss.png'}", highlight=False)
