@@ -506,9 +506,13 @@ BAD_META: dict[str, tuple[Options, str]] = {
     "inner lr of 0": ({"inner_lr": "0"}, "--inner-lr: input should be greater than 0"),
     "wrong type": ({"reset_every": "often"}, "--reset-every: input should be a valid integer"),
     "another program's flag": ({"method": "mezo"}, "unrecognized arguments: --method mezo"),
-    "a second batch of all": (
+    "a second batch, and all points": (
         {"meta_loss": "expected", "second_batch": True},
         "--second-batch is for --meta-loss sampled",
+    ),
+    "no second batch": (
+        {"second_batch": True, "batch_size": "40", "train_size": "40"},
+        "expected more than --batch-size 40 training examples of task demo-copa, got 40",
     ),
     "a batch of one": ({"meta_loss": "expected", "batch_size": "1"}, "needs a --batch-size of at least 2, got 1"),
     "no trajectory": ({"trajectory": "{inputs}/none"}, "points.jsonl: no such file"),

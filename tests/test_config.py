@@ -178,7 +178,7 @@ def test_learning_rates_of_meta_training_must_be_positive_numbers(key: str, valu
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("reset_every", "0"), ("draws", "0"), ("snapshot_every", "0"), ("tasks", []), ("architecture", "relu")],
+    [("reset_every", "0"), ("snapshot_every", "0"), ("tasks", []), ("architecture", "relu")],
 )
 def test_bounds_of_meta_training(key: str, value: Any) -> None:
     assert complaint(MetaTrainConfig, **{key: value}).startswith(f"--{key.replace('_', '-')}: ")

@@ -25,7 +25,6 @@ LAYERS = [
         "sampled",
         "expected",
         "meta",
-        "validation",
         "meta_train",
         "controls",
     ],

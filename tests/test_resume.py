@@ -296,7 +296,7 @@ META = {
     "before any snapshot": ("meta", "module.MetaTrainer", "update", 2, True),
     "before the tuner": ("meta_train", "module.Tuner", "save_pretrained", 1, True),
 }
-META_OPTIONS = {"steps": 8, "reset_every": 3, "meta_loss": "expected", "validate_steps": 2, "bands": 2}
+META_OPTIONS = {"steps": 8, "reset_every": 3, "meta_loss": "expected", "bands": 2}
 
 
 @pytest.fixture(scope="module")
@@ -337,15 +337,5 @@ def test_a_signal_ends_a_meta_training_at_the_next_step(meta_whole: Path, model_
     assert done.returncode == 143
     assert f"after step 5 of 8; to go on: zotuner meta-train --resume {out}" in done.stderr
     assert len(read_rows(out / "metrics.jsonl")) == 5
-    assert call("meta-train", "--resume", out) == 0
-    assert_the_same_tuner(meta_whole, out)
-
-
-def test_a_signal_ends_a_validation_at_its_next_step(meta_whole: Path, model_dir: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    argv = argv_of(quick_meta(model_dir, out, **META_OPTIONS))
-    done = killed(("validation", "module.ZOFineTuner", "step", 8, True), ["meta-train", *argv], by="SIGTERM")
-    assert done.returncode == 143  # six steps a validation: in the second one
-    assert f"after step 3 of 8; to go on: zotuner meta-train --resume {out}" in done.stderr
     assert call("meta-train", "--resume", out) == 0
     assert_the_same_tuner(meta_whole, out)

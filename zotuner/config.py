@@ -301,24 +301,12 @@ class MetaTrainConfig(Config):
         description="points after a reset that count all of the gradient as signal; then what sets examples apart "
         "(expected)",
     )
-    draws: int = Field(1, ge=1, description="noise vectors a point; their meta-gradients are averaged (sampled)")
     inner_lr: float = Field(4e-5, gt=0, allow_inf_nan=False, description="lr of the virtual step (sampled)")
-    inner_lr_range: float = Field(
-        1.0,
-        ge=1,
-        allow_inf_nan=False,
-        description="draw that lr at each point, from inner_lr / this to inner_lr * this",
-    )
     outer_lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="Adam's lr for the PertNNs")
     outer_steps: int = Field(8, ge=1, description="of Adam, for each point so far, at the end of a round (expected)")
     fo_optimizer: Literal["adam", "sgd"] = Field("adam", description="walks the trajectory; sgd has momentum 0.9")
     fo_lr: float = Field(5e-6, gt=0, allow_inf_nan=False, description="lr of the trajectory")
     reset_every: int = Field(50, ge=1, description="points after which the model starts anew")
-    validate_steps: int = Field(
-        0,
-        ge=0,
-        description="at each reset, steps of a run that tells what the tuner is worth: the best is kept; 0: none",
-    )
     snapshot_every: int | None = Field(None, ge=1, description="keep the weights of every such point in OUT/trajectory")
     trajectory: Path | None = Field(None, description="a recorded run's trajectory folder, visited instead of walked")
 

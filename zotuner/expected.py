@@ -222,8 +222,8 @@ class Expected:
         row: dict[str, Any] = {"loss": point.loss, "meta_loss": math.nan, "coefficients": [], "gain": math.nan}
         if not point.finite:
             del self._remembered[at.task]  # it met a gradient that is not
-            return Found(row | {"skipped": self._config.draws}, None)
-        row["skipped"] = 0
+            return Found(row | {"skipped": True}, None)
+        row["skipped"] = False
         if point.signal is not None:
             phase = f"{at.task} {'settled' if settled else 'settling'}"
             profiles = self._profiles.setdefault(phase, Profiles())

@@ -1,7 +1,6 @@
 """A meta-training run: one outer step at every point of a trajectory, and all that is kept of it.
 
 load  ->  point  ->  outer step, row of metrics  ->  first-order step  ->  ...  ->  tuner, summary
-          at the start of each round, if asked for: a short zeroth-order run; the tuner with the best is kept
 
 A run that was killed goes on from its last snapshot, and ends with the same tuner.
 """
@@ -28,7 +27,6 @@ from zotuner.snapshot import drop_all, drop_unfinished, latest, take, under
 from zotuner.tasks import Example, Splits, digest, get_task
 from zotuner.trajectory import START, Point, Recorded, Walk
 from zotuner.tuner import Tuner
-from zotuner.validation import Validation
 from zotuner.visit import Loss, Visit
 
 METRICS, POINTS, SUMMARY, TRAJECTORY = "metrics.jsonl", "points.safetensors", "summary.json", "trajectory"
@@ -99,10 +97,8 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
         if not resume:
             claim_out(config.out, config.overwrite, config.to_yaml())
         data = digest([example for split in splits.values() for example in split.train])
-        trainer, validation = MetaTrainer(model, tuner, config), None
-        if config.validate_steps:
-            validation = Validation(model, tuner, config, objectives, splits, points.to_start)
-        walked = _Walked(config, trainer, points, objectives, model, display, requests, data, validation)
+        trainer = MetaTrainer(model, tuner, config)
+        walked = _Walked(config, trainer, points, objectives, model, display, requests, data)
         seconds = walked.run()
         tuner.save_pretrained(config.out)
         trainer.save_points(config.out / POINTS)
@@ -114,7 +110,6 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
             "peak_rss_bytes": peak_rss_bytes(),
             "blocks": len(tuner.block_names),
             "tuner_sha256": tuner.sha256(),
-            **walked.kept(),
             "seed": config.seed,
             "versions": tuner.info.versions,
         }
@@ -126,15 +121,13 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
 
 
 def _check_sizes(config: MetaTrainConfig, splits: dict[str, Splits]) -> None:
-    """Raises a ZotunerError where a task has too few examples for what is asked."""
+    """Raises a ZotunerError where a task has no second batch."""
     for name, split in splits.items():
         if config.second_batch and len(split.train) <= config.batch_size:
             raise ZotunerError(
                 f"--second-batch: expected more than --batch-size {config.batch_size} training examples of task "
                 f"{name}, got {len(split.train)}"
             )
-        if config.validate_steps and not split.dev:
-            raise ZotunerError(f"--validate-steps: expected development examples of task {name}, got none")
 
 
 def _trajectory(config: MetaTrainConfig, model: Any, loss: Any, splits: dict[str, Splits]) -> Walk | Recorded:
@@ -167,7 +160,6 @@ class _Walked:
         display: Where progress goes.
         requests: What signals ask for.
         data: Digest of the examples.
-        validation: Tells what the tuner is worth; None: the last one is kept.
     """
 
     def __init__(
@@ -180,14 +172,10 @@ class _Walked:
         display: Display,
         requests: Requests,
         data: str,
-        validation: Validation | None,
     ) -> None:
         self._config, self._trainer, self._points, self._objectives = config, trainer, points, objectives
         self._model, self._display, self._requests = model, display, requests
         self._begun_with = {"data": data, "weights": weights_sha256(model)}
-        self._validation = validation
-        self._best: dict[str, Tensor] = {}
-        self._validated: list[tuple[int, float]] = []  # (outer steps taken, share of the loss that is left)
         self._in_a_row, self._before = 0, 0.0
         self._started = time.perf_counter()
 
@@ -202,12 +190,11 @@ class _Walked:
                 self._heed(point, point.number > start)
                 if point.position == 0:
                     self._trainer.end_round(point.number)
-                    self._validate(point.number)
                 row = self._update(point)
                 metrics.write(
                     step=point.number, position=point.position, task=point.task, seconds=self._seconds(), **row
                 )
-                self._in_a_row = self._in_a_row + 1 if row["skipped"] == config.draws else 0
+                self._in_a_row = self._in_a_row + 1 if row["skipped"] else 0
                 if self._in_a_row >= config.max_skipped:
                     raise ZotunerError(
                         f"step {point.number}: no loss was finite {self._in_a_row} steps in a row; try a smaller lr"
@@ -215,10 +202,6 @@ class _Walked:
                 bar.advance(status=_status(row))
         bar.close()
         self._trainer.end_round(config.steps)
-        if self._validation is not None:
-            self._points.to_start()
-            self._validate(config.steps)
-            self._trainer.take_nets(self._best)
         return self._seconds()
 
     def _update(self, point: Point) -> dict[str, Any]:
@@ -232,25 +215,6 @@ class _Walked:
             Visit(point, of(objective.loss, point.examples), of(objective.loss, point.others), centred)
         )
 
-    def kept(self) -> dict[str, Any]:
-        """For the summary: what was validated, and after how many outer steps the tuner that is kept was had."""
-        if self._validation is None:
-            return {}
-        return {"validation": [[*pair] for pair in self._validated], "kept": self._best_of_all()[0]}
-
-    def _best_of_all(self) -> tuple[int, float]:
-        return min(self._validated, key=lambda pair: (math.isnan(pair[1]), pair[1], pair[0]))
-
-    def _validate(self, steps: int) -> None:
-        """Tries the tuner as it is after so many outer steps, and keeps it if it is the best."""
-        if self._validation is None:
-            return
-        share = self._validation(self._display, lambda: self._check(steps))
-        self._validated.append((steps, share))
-        self._display.say(f"after {steps} outer steps a zeroth-order run leaves {share:.4f} of the loss")
-        if self._best_of_all()[0] == steps:
-            self._best = self._trainer.nets()
-
     def _seconds(self) -> float:
         return round(self._before + time.perf_counter() - self._started, 3)
 
@@ -261,24 +225,19 @@ class _Walked:
         stop = self._requests.stop is not None and point.number > 0
         if (due and moved) or stop or self._requests.snapshot_wanted():
             self._snapshot(point.number)
-        self._check(point.number)
-
-    def _check(self, steps: int) -> None:
-        """Ends the run after so many steps if a signal asks for it."""
         self._requests.check(
-            f"after step {steps} of {self._config.steps}", f"zotuner meta-train --resume {self._config.out}"
+            f"after step {point.number} of {self._config.steps}", f"zotuner meta-train --resume {self._config.out}"
         )
 
     def _snapshot(self, number: int) -> None:
         tensors, state = self._trainer.state()
         walked, groups = self._points.state()
-        parts = {"trainer": tensors, "walk": walked, "best": self._best}
+        parts = {"trainer": tensors, "walk": walked}
         everything = {f"{part}.{k}": v for part, named in parts.items() for k, v in named.items()}
         about = {
             "begun_with": self._begun_with,
             "seconds": self._seconds(),
             "in_a_row": self._in_a_row,
-            "validated": self._validated,
         }
         take(self._config.out, number, self._model, everything, {**about, "trainer": state, "walk": groups})
 
@@ -297,8 +256,6 @@ class _Walked:
         tensors = found.restore(self._model)
         self._trainer.restore(under("trainer.", tensors), found.state["trainer"])
         self._points.restore(under("walk.", tensors), found.state["walk"])
-        self._best = under("best.", tensors)
-        self._validated = [(number, math.nan if share is None else share) for number, share in found.state["validated"]]
         self._before, self._in_a_row = found.state["seconds"], found.state["in_a_row"]
         self._display.say(f"goes on with step {found.step}")
         return found.step

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ class VirtualStep:
         gradient: (n,) float64: d meta_loss / d sigma~, z and c held fixed.
     """
 
-    losses: tuple[float, ...]
+    losses: tuple[float, float]
     coefficient: float
     meta_loss: float
     gradient: Tensor
@@ -63,7 +62,7 @@ def virtual_step(
     sigma, estimator = scales.tolist(), TwoPoint()
     with torch.no_grad():
         points = [Perturbation(draw, [factor * s for s in sigma]) for _, factor in estimator.points(eps)]
-        losses = tuple(perturber.losses(closure, points))
+        losses = estimator.pair(tuple(perturber.losses(closure, points)))
     (c,) = estimator.coefficients(losses, eps)
     dots = torch.zeros(len(blocks), dtype=torch.float64)
     if not math.isfinite(c):
@@ -76,12 +75,12 @@ def virtual_step(
 
 
 class Sampled:
-    """The meta-loss: L(theta_1), averaged over draws of the noise.
+    """The meta-loss: L(theta_1).
 
     Args:
         model: Whose losses it asks for.
         blocks: Of it.
-        config: Noise, eps, inner learning rate, draws, whether another batch judges.
+        config: Noise, eps, inner learning rate, whether another batch judges.
     """
 
     anew = False
@@ -92,38 +91,34 @@ class Sampled:
         self._last: tuple[Tensor, Tensor] | None = None  # what the nets saw (n, 5), the gradient by sigma~ (n,)
 
     def visit(self, visit: Visit, inputs: Tensor, scales: Tensor) -> Found:
-        """Takes the virtual steps."""
-        config, number = self._config, visit.point.number
-        lr = self.inner_lr(number)
+        """Takes a virtual step."""
+        config = self._config
+        draw = Draw(config.noise, config.seed, visit.point.number)
         judge = visit.other if config.second_batch else None
-        draws = [Draw(config.noise, config.seed, number, k) for k in range(config.draws)]
-        steps = [
-            virtual_step(self._perturber, self._blocks, visit.loss, draw, scales, eps=config.eps, lr=lr, judge=judge)
-            for draw in draws
-        ]
+        step = virtual_step(
+            self._perturber,
+            self._blocks,
+            visit.loss,
+            draw,
+            scales,
+            eps=config.eps,
+            lr=config.inner_lr,
+            judge=judge,
+        )
         row = {
-            "loss": _mean([sum(step.losses) / 2 for step in steps]),
-            "meta_loss": _mean([step.meta_loss for step in steps]),
-            "coefficients": [step.coefficient for step in steps],
+            "loss": sum(step.losses) / 2,
+            "meta_loss": step.meta_loss,
+            "coefficients": [step.coefficient],
+            "skipped": not step.finite,
         }
-        usable = [step for step in steps if step.finite]
-        row["skipped"] = len(steps) - len(usable)
-        if not usable:
-            self._last = None
-            return Found(row, None)
-        self._last = inputs, torch.stack([step.gradient for step in usable]).mean(dim=0)
-        return Found(row, (_mean([step.losses[0] for step in usable]), _mean([step.losses[1] for step in usable])))
+        self._last = (inputs, step.gradient) if step.finite else None
+        return Found(row, step.losses if step.finite else None)
 
     def objectives(self, number: int, scales_of: ScalesOf) -> Iterator[Tensor]:
-        """One, whose gradient is the mean of the steps'."""
+        """One, whose gradient is the step's."""
         if self._last is not None:
             inputs, gradient = self._last
             yield (scales_of(inputs) * gradient).sum()
-
-    def inner_lr(self, number: int) -> float:
-        """The lr of a point's virtual steps, uniform in its logarithm."""
-        width = math.log(self._config.inner_lr_range)
-        return self._config.inner_lr * math.exp(width * (2 * _uniform(self._config.seed, number) - 1))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Nothing: a point is forgotten once the nets have learned from it."""
@@ -131,12 +126,3 @@ class Sampled:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Nothing."""
-
-
-def _uniform(seed: int, number: int) -> float:
-    """In [0, 1): a function of these two."""
-    return float(np.random.default_rng((seed, number, 2)).random())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

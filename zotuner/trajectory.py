@@ -105,10 +105,6 @@ class Walk:
         keep_rows(self._folder / ROWS, lambda row: row["number"] < start)
         yield from self._walk(count, start)
 
-    def to_start(self) -> None:
-        """Brings the model back to its starting weights."""
-        restore_weights(self._model, self._folder / START)
-
     def close(self) -> None:
         """The walk is over for good: its starting weights go."""
         (self._folder / START).unlink(missing_ok=True)
@@ -200,10 +196,6 @@ class Recorded:
 
     def restore(self, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
         """As of a `Walk`."""
-
-    def to_start(self) -> None:
-        """Brings the model to the first point that was kept."""
-        restore_weights(self._model, self._folder / self._rows[0]["snapshot"])
 
     def close(self) -> None:
         """As of a `Walk`; what was recorded stays."""

@@ -66,7 +66,7 @@ def _losses(axes: "Axes", run: Run) -> None:
         label = f"best on dev: {run.best.loss:.4f} at step {run.best.step}"
         axes.plot(run.best.step, run.best.loss, "*", color="C3", ms=13, clip_on=False, label=label)
     for name, marker, color, rows in (
-        ("skipped", "x", "black", [row.step for row in run.steps if row.num_skipped]),
+        ("skipped", "x", "black", [row.step for row in run.steps if row.was_skipped]),
         ("clipped", "|", "C1", [row.step for row in run.steps if row.clipped]),
     ):
         if rows:

@@ -43,7 +43,6 @@ class Head(_Read):
     lr_schedule: str = "constant"
     tasks: list[str] = []
     inner_lr: float | None = None
-    draws: int = 1
 
 
 class Step(_Read):
@@ -53,12 +52,12 @@ class Step(_Read):
     seconds: float
     loss: float | None
     coefficients: list[float | None]
-    skipped: bool | int | None = None  # meta-training: of how many draws
+    skipped: bool | int | None = None  # a number in older meta-trainings
 
     @property
-    def num_skipped(self) -> int:
-        """How much of it was skipped; rows of older runs do not say, but a loss that is not finite means that."""
-        return self.loss is None if self.skipped is None else self.skipped
+    def was_skipped(self) -> bool:
+        """Whether it changed nothing; rows of older runs do not say, but a loss that is not finite means that."""
+        return self.loss is None if self.skipped is None else bool(self.skipped)
 
 
 class FinetuneStep(Step):
@@ -166,9 +165,8 @@ class Run:
         last = f"last row {_ago(self.silence)} ago"
         if self.has_writer:
             return f"going on: {last}"
-        whole = self.head.draws if self.is_meta else 1
         tail = self.steps[-self.head.max_skipped :]
-        if len(tail) == self.head.max_skipped and all(row.num_skipped >= whole for row in tail):
+        if len(tail) == self.head.max_skipped and all(row.was_skipped for row in tail):
             return f"stopped: no finite loss {len(tail)} steps in a row"
         if self.has_writer is False:
             return f"stopped: {last}"

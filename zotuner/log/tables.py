@@ -91,7 +91,7 @@ def _coefficients(run: Run, cuts: Sequence[slice]) -> list[str]:
 
 
 def _skipped(run: Run, cuts: Sequence[slice]) -> list[str]:
-    return [_count(sum(row.num_skipped for row in run.steps[cut])) for cut in cuts]
+    return [_count(sum(row.was_skipped for row in run.steps[cut])) for cut in cuts]
 
 
 def _seconds(run: Run, cuts: Sequence[slice]) -> NDArray[np.float64]:
