@@ -754,6 +754,23 @@ def test_a_meta_training_by_the_expected_gain_keeps_what_its_points_said(model_d
     assert shapes == {"inputs": [3, blocks, 5], "own": [3, 3, blocks]}
 
 
+@pytest.mark.parametrize("meta_loss", [{"meta_loss": "sampled", "second_batch": True}, {"meta_loss": "expected"}])
+def test_a_meta_training_by_either_meta_loss_tells_its_spread_and_the_expected_one_its_gain(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], meta_loss: dict[str, Any]
+) -> None:
+    out, expected = tmp_path / "out", meta_loss["meta_loss"] == "expected"
+    options = {"steps": 4, "reset_every": 2, "batch_size": 2, **meta_loss}
+    assert call("meta-train", *argv_of(quick_meta(model_dir, out, **options))) == 0
+    assert summary_of(out)["tuner_sha256"] == Tuner.from_pretrained(out).sha256()
+    for row in read_rows(out / "metrics.jsonl"):
+        assert row["sigma_min"] <= min(row["sigma_types"].values()) <= max(row["sigma_types"].values())
+        assert ("gain" in row) == expected
+        assert row["skipped"] is False
+    capsys.readouterr()
+    assert call("log", out) == 0
+    assert ("x sigma = 1" in capsys.readouterr().out) == expected
+
+
 def test_a_meta_trained_tuner_loads_and_knows_the_models_blocks(meta_run: Path, model_dir: Path) -> None:
     model, _ = load_model(model_dir)
     tuner = Tuner.from_pretrained(meta_run)

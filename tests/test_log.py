@@ -238,6 +238,15 @@ def test_older_rows_that_do_not_say_that_they_were_skipped_are_counted_by_their_
     assert row["skipped"] == str(len(SKIPPED))
 
 
+def test_rows_of_older_meta_trainings_that_count_what_was_skipped_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = meta_run(tmp_path / "run")
+    rows = [row | {"skipped": int(row["skipped"])} for row in read_rows(run / "metrics.jsonl")]
+    row = cells(shown(capsys, meta_run(tmp_path / "older", metrics=rows), "--rows", "1"))[-1]
+    assert row["skipped"] == "1"
+
+
 def test_a_span_without_a_finite_loss_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = cells(shown(capsys, finetune_run(tmp_path / "run"), "--rows", "40"))
     assert (rows[4]["steps"], rows[4]["loss"], rows[4]["coef rms"]) == ("4", "-", "-")
