@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -23,12 +24,12 @@ from test_cli import assert_one_error_line, call
 
 from zotuner.compare.charts import _draw_curves, mean_curve
 from zotuner.compare.children import last_words
-from zotuner.compare.figures import first_reach
+from zotuner.compare.figures import Wins, first_reach
 from zotuner.compare.plan import Planned, expand
 from zotuner.compare.results import Results, collect, page, tables_of, write
 from zotuner.compare.spec import Comparison
 from zotuner.compare.state import Note, Point, check_same, read_note, read_status, write_note
-from zotuner.compare.tables import cells, duration, headings, plan_table, seconds_left
+from zotuner.compare.tables import cells, duration, headings, plan_table, seconds_left, standing_cells
 from zotuner.compare.work import Bar
 from zotuner.config import DEFAULT_LR, FinetuneConfig
 from zotuner.errors import ZotunerError
@@ -300,8 +301,11 @@ def test_the_figures_of_the_table_are_those_computed_by_hand(compared: Any) -> N
         *("0.750 ± 0.000 (0.044)", "0.35", "2.00", "30"),
     ]
     (standing,) = results.standings
-    assert (standing.tasks, standing.dev_wins, standing.loss_wins, standing.metric_wins) == (1, 1, 1, 1)
-    assert (standing.speedup, standing.at_most) == (pytest.approx(1 / 0.35), False)
+    assert [standing.dev, standing.training, standing.test, standing.metric] == [
+        *(Wins(1, 1), Wins(0, 0), Wins(1, 1), Wins(1, 1))
+    ]
+    assert (standing.speedup, standing.speedup_tasks, standing.at_most) == (pytest.approx(1 / 0.35), 1, False)
+    assert standing_cells(standing) == ["fzoo", "1/1", "", "1/1", "1/1", "2.86x", "1"]
 
 
 def test_losses_have_errors_and_are_compared_example_by_example(compared: Any) -> None:
@@ -358,7 +362,7 @@ def test_training_losses_are_compared_step_by_step(tmp_path: Path) -> None:
     # differences 0: -0.5, -0.5; 1: 0.5, 0.5; a step that failed says nothing
     assert (better.training.mean, better.training.error) == pytest.approx((0.0, 0.0))
     assert better.training.std == pytest.approx(0.5 * 2**0.5)
-    assert [standing.training_wins for standing in results.standings] == [0, None, None, None, None]
+    assert [standing.training for standing in results.standings] == [Wins(0, 1), *[Wins(0, 0)] * 4]
     assert better.training_parts == ()  # fewer steps than parts
 
 
@@ -373,8 +377,69 @@ def test_training_losses_are_compared_over_the_run_and_drawn(tmp_path: Path) -> 
     better = results.rows[1]
     assert [part.mean for part in better.training_parts] == pytest.approx([-0.015 * k for k in range(10)], abs=1e-6)
     assert better.training.mean == pytest.approx(-0.015 * 4.5, abs=1e-6)
+    # steps of a part are alike: ten values, and no thirty, tell the mean
+    assert better.training.error == pytest.approx(0.015 * stdev(range(10)) / 10**0.5, abs=1e-6)
     write(results, tmp_path, jobs=1)
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_that_draw_other_examples_or_maximise_a_reward_are_not_compared_by_losses(tmp_path: Path) -> None:
+    methods = {
+        **{"mezo": {"lr": 1e-5}, "same": {"method": "mezo", "lr": 1e-5}},
+        "few": {"method": "mezo", "lr": 1e-5, "k_shot": 4},
+        "fewer-tests": {"method": "mezo", "lr": 1e-5, "eval_size": 60},
+        "reward": {"method": "mezo", "lr": 1e-5, "objective": "accuracy"},
+        "short": {"method": "mezo", "lr": 1e-5, "max_length": 32},
+        "none": {},
+    }
+    file = yaml_file(tmp_path, tasks=["sst2"], methods=methods, seeds=[0])
+    for run in (runs := planned(file, tmp_path / "out")):
+        better = run.method != "mezo"
+        write_run(
+            run, [1.0] if run.method == "none" else [1.0, 0.8 - 0.2 * better], 0.5 - better * 0.1, 0.6 + better * 0.1
+        )
+        if run.method != "none":
+            write_losses(run, [[0.9 - 0.3 * better] * 2] * 3)
+        (run.folder / "predictions.jsonl").write_text('{"loss": 0.5}\n' * 3)
+    results = results_of((file, runs))
+    won, not_known = Wins(1, 1), Wins(0, 0)
+    assert {s.method: (s.dev, s.training, s.test, s.metric, s.speedup_tasks) for s in results.standings} == {
+        "same": (won, won, won, won, 1),
+        "few": (not_known, not_known, not_known, not_known, 0),
+        "fewer-tests": (not_known, not_known, not_known, not_known, 0),
+        "reward": (not_known, not_known, not_known, won, 0),
+        "short": (won, not_known, won, won, 1),
+        "none": (not_known, not_known, won, won, 0),
+    }
+    assert [row.gap is None for row in results.rows] == [True, False, True, True, True, False, False]
+    assert "sst2: few draws other examples than mezo, by its k_shot: not compared" in results.remarks
+    kinds = "sst2: reward has another objective than mezo, so that their losses are of two kinds: not compared"
+    assert kinds in results.remarks
+
+
+def test_wins_are_judged_by_the_seeds_that_both_have(tmp_path: Path) -> None:
+    methods = {"mezo": {"lr": 1e-5}, "fzoo": {"lr": 1e-3}}
+    file = yaml_file(tmp_path, tasks=["sst2"], methods=methods, seeds=[0, 1])
+    for run in (runs := planned(file, tmp_path / "out")):
+        if run.method == "mezo":  # seed 1's examples are harder
+            write_run(run, [1.0, 0.5 + 0.3 * run.seed], test=0.5 + 0.3 * run.seed, accuracy=0.7 - 0.2 * run.seed)
+        elif run.seed == 0:
+            write_run(run, [1.0, 0.6], test=0.6, accuracy=0.65)
+    (standing,) = results_of((file, runs)).standings
+    assert [standing.dev, standing.test, standing.metric] == [Wins(0, 1)] * 3
+
+
+def test_a_metric_of_ones_own_may_be_called_accuracy_and_be_no_share(tmp_path: Path) -> None:
+    run = planned(file := yaml_file(tmp_path, tasks=["sst2"], methods={"mezo": {"lr": 1e-5}}, seeds=[0]), tmp_path)[0]
+    write_run(run, [1.0, 0.5], accuracy=75.0)
+    assert results_of((file, [run])).rows[0].metrics["accuracy"].error is None
+
+
+def test_backward_passes_that_are_not_counted_are_told_of_every_first_order_method(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, tasks=["sst2"], methods={"mezo": {}, "sgd": {}}, seeds=[0])
+    assert any(
+        "a step of sgd counts as one" in remark for remark in results_of((file, planned(file, tmp_path))).remarks
+    )
 
 
 def test_a_zero_shot_evaluation_may_be_left_out_of_a_comparison_that_was_begun_with_it(tmp_path: Path) -> None:
@@ -401,7 +466,7 @@ def test_the_speed_up_is_a_geometric_mean_over_tasks_and_a_bound_where_a_run_nev
     assert cells(results.spec, never, 11)[8] == ">1"
     (standing,) = results.standings
     assert (standing.speedup, standing.at_most) == (pytest.approx((4 * 1) ** 0.5), True)
-    assert (standing.loss_wins, standing.metric_wins) == (0, 0)  # equal on test
+    assert (standing.test, standing.metric) == (Wins(0, 2), Wins(0, 2))  # equal on test
     assert any("mezo has one lr, 1e-05: nothing was chosen" in remark for remark in results.remarks)
 
 
@@ -424,6 +489,21 @@ def test_an_lr_that_failed_is_not_chosen_and_its_neighbour_is_no_edge(tmp_path: 
     assert (results.rows[0].lr, results.rows[0].edge) == (2e-5, "")
     assert [tried.failed for tried in results.rows[0].tried] == [0, 0, 1]
     assert "failed: sst2, mezo, lr 4e-05, seed 1: the loss was not finite" in results.remarks
+
+
+def test_an_lr_that_failed_on_a_seed_that_others_have_not_run_is_not_chosen(tmp_path: Path) -> None:
+    runs = planned(file := yaml_file(tmp_path, tasks=["sst2"], methods=TWO, seeds=[0, 1]), tmp_path / "out")
+    for run in runs:
+        if run.method == "mezo" and run.seed == 0:
+            write_run(run, [1.0, {1e-5: 0.7, 2e-5: 0.6, 4e-5: 0.1}[run.lr or 0.0]])
+        elif run.method == "mezo" and run.lr == 4e-5:
+            write_note(run, FAILED)
+    assert collect(Comparison.read(file), runs).rows[0].lr == 2e-5
+
+
+@pytest.mark.parametrize("code", [None, 0, 130, 143, -signal.SIGTERM, -signal.SIGINT])
+def test_a_run_that_was_asked_to_stop_has_not_failed(code: int | None) -> None:
+    assert not Note(exit_code=code).failed
 
 
 FAILED = Note(1.0, 2, "the loss was not finite")
@@ -702,6 +782,9 @@ def test_another_folder_is_left_alone_and_one_comparison_writes_at_a_time(
         ("tuner", "auto", "owner/tuner@0123", True),
         ("tuner", "owner/tuner", "owner/tuner@0123", True),
         ("tuner", "owner/tuner", "owner/other@0123", False),
+        ("tuner", "owner/tuner@v1", "owner/tuner@0123", True),
+        ("tuner", "owner/tuner@v1", "owner/other@0123", False),
+        ("tuner", f"owner/tuner@{'a' * 40}", f"owner/tuner@{'b' * 40}", False),
         ("k_shot", None, 16, True),
         ("k_shot", 8, 16, False),
         ("data_dir", "there", "here", True),

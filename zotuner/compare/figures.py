@@ -6,7 +6,7 @@ What a run delivers is its best evaluation on dev; that loss chooses the lr, and
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Literal
@@ -17,7 +17,8 @@ from zotuner.metrics import standard_error
 
 Edge = Literal["", "lowest", "highest", "only"]
 PARTS = 10  # that a run's steps are cut into, where their losses are shown over the run
-DRAWS = ("batch_size", "train_size", "dev_size")  # options that decide what a seed's batches are
+DRAWS = ("train_size", "dev_size", "eval_size", "k_shot", "data_dir")  # options that decide which examples a seed draws
+SEES = ("batch_size", "max_length", "chat")  # and what is seen of them in a step
 SHARES = ("accuracy", "em")  # metrics that are a share of the examples
 
 
@@ -52,6 +53,15 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Whether the means over common seeds are better than the baseline's; None: not known, or not of the same kind."""
+
+    dev: bool | None
+    test: bool | None
+    metric: bool | None
+
+
+@dataclass(frozen=True)
 class Row:
     """One method on one task, at its chosen lr.
 
@@ -62,8 +72,11 @@ class Row:
         dev, test: Losses.
         gap: The loss on test minus the baseline's, example by example, of the seeds that both have; its `error` is that
             of a mean of differences. None for the baseline, and where nothing can be compared.
-        training: The mean loss of the steps' batches minus the baseline's, step by step, likewise.
-        training_parts: The same of equal parts of the run, in order; empty where there are fewer steps than parts.
+        training: The mean loss of the steps' batches minus the baseline's, step by step, likewise; its `error` is that
+            of the mean over PARTS parts of the run, since steps that follow one another differ alike.
+        training_parts: The same of these parts, in order; empty where there are fewer steps than parts.
+        ahead: Whether it is ahead of the baseline over the seeds that both have.
+        incomparable: Why losses are not compared with the baseline's; empty where they are.
         metrics: On the test examples; the first one is the task's main one.
         reach: None for the baseline's own runs that never improved, and where nothing can be compared.
         speedup: The baseline's own shares over this method's; `reach.at_least` makes it an upper bound.
@@ -83,6 +96,8 @@ class Row:
     gap: Spread | None = None
     training: Spread | None = None
     training_parts: tuple[Spread, ...] = ()
+    ahead: Ahead | None = None
+    incomparable: str = ""
     metrics: Mapping[str, Spread] = field(default_factory=dict)
     reach: Reach | None = None
     speedup: float | None = None
@@ -92,25 +107,33 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Wins:
+    """On how many tasks a mean is better than the baseline's, of how many where both have it."""
+
+    won: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Standing:
-    """One method against the baseline, over the tasks where both have a figure.
+    """One method against the baseline, over the tasks.
 
     Attributes:
-        tasks: How many.
-        dev_wins: Where its mean loss on dev is lower.
-        training_wins: Where its mean loss in training is; None where that is not known of all of them.
-        loss_wins, metric_wins: Where its mean on test is better.
+        dev: By the loss on dev.
+        training: By the loss in training.
+        test, metric: By the loss and the main metric on test.
         speedup: Geometric mean; None where there is none.
-        at_most: Whether that is an upper bound, since some run never reached the baseline's loss.
+        speedup_tasks: Of so many tasks.
+        at_most: Whether it is an upper bound, since some run never reached the baseline's loss.
     """
 
     method: str
-    tasks: int
-    dev_wins: int
-    training_wins: int | None
-    loss_wins: int
-    metric_wins: int
+    dev: Wins
+    training: Wins
+    test: Wins
+    metric: Wins
     speedup: float | None
+    speedup_tasks: int
     at_most: bool
 
 
@@ -148,16 +171,17 @@ def first_reach(curve: Sequence[Point], target: float, unit: Unit) -> float | No
 
 
 def _choose(cell: Sequence[Status]) -> float | None:
-    """The lr with the lowest mean loss on dev, over those seeds that every lr with an outcome has; a failure is inf."""
+    """The lr with the lowest mean loss on dev, over those seeds that every lr with an outcome has; any failure: inf."""
     known: dict[float | None, dict[int, float]] = {}
     for status in cell:
         if status.state in ("done", "failed"):
             loss = status.best if status.state == "done" else math.inf
             known.setdefault(status.planned.lr, {})[status.planned.seed] = _or_inf(loss)
     done = {status.planned.lr for status in cell if status.state == "done"}
+    failed = {status.planned.lr for status in cell if status.state == "failed"}
     shared = set.intersection(*(set(losses) for losses in known.values())) if known else set()
     means = {
-        lr: fmean([loss for seed, loss in losses.items() if not shared or seed in shared])
+        lr: math.inf if lr in failed else fmean([x for seed, x in losses.items() if not shared or seed in shared])
         for lr, losses in known.items()
         if lr in done
     }
@@ -191,9 +215,11 @@ def _row(
     summaries = [status.summary for status in mine.values()]
     names = [name for name in summaries[0]["final"] if name != "loss"]
     examples = min(summary["examples"]["test"] for summary in summaries)
-    reach, speedup = _reach(mine, base, spec.budget_of(task))
-    other = base if method != spec.baseline else {}
-    steps = _differences(mine, other, _of_steps)
+    incomparable = _incomparable(mine, base, spec.baseline)
+    comparable = {} if incomparable else base
+    reach, speedup = _reach(mine, comparable, spec.budget_of(task))
+    other = comparable if method != spec.baseline else {}
+    steps = [] if not other or _different(mine, other, SEES) else _differences(mine, other, _of_steps)
     return Row(
         task,
         method,
@@ -210,8 +236,10 @@ def _row(
             [standard_error(status.test_losses) for status in mine.values()],
         ),
         _mean(_differences(mine, other, _of_examples)),
-        _mean(steps),
+        spread([fmean(each) for each in steps], [_error_of_parts(each) for each in steps]),
         _parts(steps),
+        _ahead(mine, base) if method != spec.baseline else None,
+        incomparable,
         {name: _metric(name, [_or_nan(s["final"][name]) for s in summaries], examples) for name in names},
         reach,
         speedup,
@@ -219,6 +247,50 @@ def _row(
         fmean(summary["seconds"] for summary in summaries),
         {seed: mine[seed].curve for seed in sorted(mine)},
     )
+
+
+def _incomparable(mine: Mapping[int, Status], base: Mapping[int, Status], baseline: str) -> str:
+    """Why their losses are not compared, in the words of a remark; empty if they are."""
+    if not mine or not base:
+        return ""
+    different = _different(mine, base, DRAWS)
+    if different:
+        return f"draws other examples than {baseline}, by its {' and '.join(different)}"
+    if _different(mine, base, ("objective",)):
+        return f"has another objective than {baseline}, so that their losses are of two kinds"
+    return ""
+
+
+def _different(mine: Mapping[int, Status], base: Mapping[int, Status], keys: Sequence[str]) -> list[str]:
+    """Those options that the runs of both have otherwise."""
+    ours, theirs = (next(iter(runs.values())).planned.config for runs in (mine, base))
+    return [key for key in keys if getattr(ours, key) != getattr(theirs, key)]
+
+
+def _ahead(mine: Mapping[int, Status], base: Mapping[int, Status]) -> Ahead | None:
+    """By the seeds that both have, each of which draws its own examples; None: there is none, or it draws others."""
+    seeds = sorted(set(mine) & set(base))
+    if not seeds or _different(mine, base, DRAWS):
+        return None
+
+    def lower(of: Callable[[Status], float | None]) -> bool | None:
+        ours, theirs = ([of(runs[seed]) for seed in seeds] for runs in (mine, base))
+        known = [x for x in ours if x is not None], [x for x in theirs if x is not None]
+        if min(map(len, known)) < len(seeds):
+            return None
+        return _mean_of(known[0]) < _mean_of(known[1])
+
+    same = not _different(mine, base, ("objective",))
+    name = next((name for name in mine[seeds[0]].summary["final"] if name != "loss"), None)
+    return Ahead(
+        lower(lambda status: status.best) if same else None,
+        lower(lambda status: _or_nan(status.summary["final"]["loss"])) if same else None,
+        None if name is None else lower(lambda status: -_or_nan(status.summary["final"].get(name))),
+    )
+
+
+def _mean_of(values: Sequence[float]) -> float:
+    return fmean(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _or_nan(value: float | None) -> float:
@@ -240,8 +312,18 @@ def _mean(differences: Sequence[Sequence[float]]) -> Spread | None:
 def _parts(differences: Sequence[Sequence[float]]) -> tuple[Spread, ...]:
     if min(map(len, differences), default=0) < PARTS:
         return ()
-    cut = [[each[len(each) * k // PARTS : len(each) * (k + 1) // PARTS] for each in differences] for k in range(PARTS)]
+    cut = zip(*map(_cut, differences), strict=True)
     return tuple(part for part in map(_mean, cut) if part)
+
+
+def _cut(values: Sequence[float]) -> list[Sequence[float]]:
+    """In PARTS parts, or one for each value where there are fewer."""
+    parts = min(PARTS, len(values))
+    return [values[len(values) * k // parts : len(values) * (k + 1) // parts] for k in range(parts)]
+
+
+def _error_of_parts(values: Sequence[float]) -> float:
+    return standard_error([fmean(part) for part in _cut(values)])
 
 
 def _of_examples(mine: Status, base: Status) -> list[float]:
@@ -250,11 +332,8 @@ def _of_examples(mine: Status, base: Status) -> list[float]:
 
 
 def _of_steps(mine: Status, base: Status) -> list[float]:
-    """Nothing where steps differ in what they saw, or how often they evaluated it; those that failed are left out."""
+    """Nothing where steps evaluated their batch another number of times; those that failed are left out."""
     ours, theirs = mine.step_losses, base.step_losses
-    configs = mine.planned.config, base.planned.config
-    if any(getattr(configs[0], key) != getattr(configs[1], key) for key in DRAWS):
-        return []
     if [*map(len, ours)] != [*map(len, theirs)]:
         return []
     differences = [fmean(own) - fmean(other) for own, other in zip(ours, theirs, strict=True)]
@@ -274,7 +353,8 @@ def spread(values: Sequence[float], errors: Sequence[float] = ()) -> Spread | No
 def _metric(name: str, values: Sequence[float], examples: int) -> Spread:
     found = spread(values)
     assert found is not None
-    error = math.sqrt(found.mean * (1 - found.mean) / examples) if name in SHARES else None
+    share = name in SHARES and 0 <= found.mean <= 1  # a metric of one's own may have such a name, too
+    error = math.sqrt(found.mean * (1 - found.mean) / examples) if share else None
     return Spread(found.mean, found.std, found.count, error)
 
 
@@ -292,7 +372,9 @@ def _reach(mine: Mapping[int, Status], base: Mapping[int, Status], budget: Budge
     ours, theirs = [], []
     for seed in sorted(set(mine) & set(base)):
         target, curve = base[seed].best, base[seed].curve
-        if target is None or not curve or not mine[seed].curve or not target < curve[0].loss:
+        if target is None or mine[seed].best is None or not curve or not mine[seed].curve:
+            continue
+        if not target < curve[0].loss:
             continue
         ours.append(first_reach(mine[seed].curve, target, budget.unit))
         theirs.append(first_reach(curve, target, budget.unit) or budget.amount)
@@ -304,23 +386,22 @@ def _reach(mine: Mapping[int, Status], base: Mapping[int, Status], budget: Budge
 
 
 def _standing(method: str, spec: Comparison, by: Mapping[tuple[str, str], Row]) -> Standing:
-    pairs = [(by[task.task, method], by[task.task, spec.baseline]) for task in spec.tasks]
-    pairs = [(mine, base) for mine, base in pairs if mine.test and base.test]
-    factors = [(mine.speedup, mine.reach) for mine, _ in pairs if mine.speedup and mine.reach]
+    rows = [by[task.task, method] for task in spec.tasks]
+    ahead = [row.ahead for row in rows if row.ahead]
+    factors = [(row.speedup, row.reach) for row in rows if row.speedup and row.reach]
     logs = [math.log(factor) for factor, _ in factors]
-    trained = [mine.training for mine, _ in pairs if mine.training]
     return Standing(
         method,
-        len(pairs),
-        sum(mine.dev.mean < base.dev.mean for mine, base in pairs if mine.dev and base.dev),
-        sum(x.mean < 0 for x in trained) if len(trained) == len(pairs) else None,
-        sum(mine.test.mean < base.test.mean for mine, base in pairs if mine.test and base.test),
-        sum(_main(mine) > _main(base) for mine, base in pairs),
+        _wins(each.dev for each in ahead),
+        _wins(row.training.mean < 0 if row.training else None for row in rows),
+        _wins(each.test for each in ahead),
+        _wins(each.metric for each in ahead),
         math.exp(fmean(logs)) if logs else None,
+        len(logs),
         any(reach.at_least for _, reach in factors),
     )
 
 
-def _main(row: Row) -> float:
-    """The task's main metric."""
-    return next(iter(row.metrics.values())).mean if row.metrics else math.nan
+def _wins(outcomes: Iterable[bool | None]) -> Wins:
+    known = [outcome for outcome in outcomes if outcome is not None]
+    return Wins(sum(known), len(known))

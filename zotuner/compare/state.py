@@ -7,6 +7,7 @@ seed-0.json   how the last of them ended, and how long all of them took
 
 import json
 import math
+import re
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from zotuner.metrics import read_json, read_rows, write_json
 from zotuner.report import read_summary
 
 State = Literal["done", "running", "failed", "stopped", "to do"]
+COMMIT = re.compile("[0-9a-f]{40}")  # a revision that names nothing else
 NOT_COMPARED = ("out", "overwrite", "data_dir", "zero_shot")  # they change nothing of what a run learns
 TAIL = 1 << 16  # bytes: more than a row of metrics takes
 
@@ -45,8 +47,9 @@ class Note:
 
     @property
     def failed(self) -> bool:
-        """Whether the last process ended by itself, but not well."""
-        return self.exit_code not in (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+        """Whether the last process ended by itself, but not well. A signal may come before a run can heed it."""
+        asked = (signal.SIGINT, signal.SIGTERM)
+        return self.exit_code not in (None, 0, *(128 + number for number in asked), *(-number for number in asked))
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,10 @@ def check_same(planned: Planned, file: Path) -> None:
 def _left_open(key: str, planned: Any, began: Any) -> bool:
     """Whether an option is one that a run settles when it begins, and this is what it settled on."""
     if key == "tuner":  # which tuner it is that serves the model, and which commit of it
-        return planned == AUTO or (began is not None and began.partition("@")[0] == planned)
+        name, _, revision = (planned or "").partition("@")
+        return planned == AUTO or (
+            began is not None and began.partition("@")[0] == name and not COMMIT.fullmatch(revision)
+        )
     return key == "k_shot" and planned is None  # a number for masked models
 
 

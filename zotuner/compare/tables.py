@@ -10,6 +10,7 @@ from rich.text import Text
 from zotuner.compare.figures import Edge, Row, Spread, Standing
 from zotuner.compare.spec import Comparison
 from zotuner.compare.state import Status
+from zotuner.config import FIRST_ORDER
 from zotuner.report import new_table
 
 EDGES: dict[Edge, str] = {"": "", "lowest": " (edge)", "highest": " (edge)", "only": " (only)"}
@@ -66,17 +67,17 @@ def speedup_text(standing: Standing) -> str:
 
 STANDING_HEADINGS = [
     "method",
-    "tasks",
     *(f"wins, {of}" for of in ("dev loss", "training", "test loss", "metric")),
     "speed-up",
+    "of tasks",
 ]
 
 
 def standing_cells(standing: Standing) -> list[str]:
     """One row of the summary, under `STANDING_HEADINGS`."""
-    counts = (standing.dev_wins, standing.training_wins, standing.loss_wins, standing.metric_wins)
-    wins = ["" if count is None else f"{count}/{standing.tasks}" for count in counts]
-    return [standing.method, str(standing.tasks), *wins, speedup_text(standing)]
+    counts = (standing.dev, standing.training, standing.test, standing.metric)
+    wins = [f"{count.won}/{count.of}" if count.of else "" for count in counts]
+    return [standing.method, *wins, speedup_text(standing), str(standing.speedup_tasks or "")]
 
 
 def result_tables(
@@ -115,8 +116,13 @@ def remarks_on(spec: Comparison, rows: Sequence[Row], statuses: Sequence[Status]
     remaining = sum(status.state != "done" for status in statuses)
     if remaining:
         found.append(f"{remaining} of {len(statuses)} runs are not done: figures may change, and so may the chosen lr")
-    if any(status.planned.config.method == "adam" for status in statuses):
-        found.append("a step of adam counts as one forward; its backward, about two more, is not counted")
+    found += [f"{row.task}: {row.method} {row.incomparable}: not compared" for row in rows if row.incomparable]
+    methods = {status.planned.config.method for status in statuses}
+    found += [
+        f"a step of {method} counts as one forward; its backward, about two more, is not counted"
+        for method in FIRST_ORDER
+        if method in methods
+    ]
     return found
 
 
