@@ -5,7 +5,8 @@
 
 Nets are learned anew, in seconds, from what each point said (`points.safetensors`, of --meta-loss expected and
 --granularity block), of all tasks or of all but one. A line each: the gain over sigma = 1, geometric mean and by phase.
-Nets that are blind are told nothing, so each is a number. --out keeps the nets of all tasks that a last line is of.
+Nets see what the run's did: --architecture changes what bounds a scale and how nets begin, not how features are put. Nets that
+are blind are told nothing, so each is a number. --out keeps the nets of all tasks that a last line is of.
 """
 
 import argparse
@@ -82,6 +83,8 @@ def main() -> None:
     parser.add_argument("--blind", action="store_true", help="nets are told nothing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the nets of all tasks' points, as a tuner")
     args = parser.parse_args()
+    if args.out and args.bounds != [3.0]:
+        parser.error("--out: a tuner's scales are bounded by 3, whatever they were learned with; leave out --bounds")
     tuner = Tuner.from_pretrained(args.run)
     made = {k: v for k, v in tuner.info.config.items() if k in MetaTrainConfig.model_fields}
     made |= {"architecture": args.architecture or tuner.info.architecture, "out": args.run}
@@ -104,7 +107,9 @@ def main() -> None:
                 if args.out and without is None:
                     if args.blind:
                         torch.nn.init.zeros_(bank.w1)
-                    info = tuner.info.model_copy(update={"architecture": config.architecture})
+                    own = {"architecture": config.architecture, "bands": bands or None}
+                    update = {"architecture": config.architecture, "config": tuner.info.config | own}
+                    info = tuner.info.model_copy(update=update)
                     Tuner(info, bank).save_pretrained(args.out)
                 reached = gains(points, scales)
                 mean = math.exp(sum(math.log(x) for x in reached.values()) / len(reached))

@@ -204,6 +204,16 @@ def test_an_unknown_method_suggests_the_nearest() -> None:
 def test_a_tuner_belongs_to_the_method_that_uses_it() -> None:
     assert "zo-finetuner needs --tuner" in complaint(FinetuneConfig, method="zo-finetuner")
     assert "--tuner is for method zo-finetuner, not for mezo" in complaint(FinetuneConfig, tuner="t")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_first_order_steps_are_not_left_to_weights_that_round_them_away(dtype: str) -> None:
+    """Adam's steps of 5e-6 changed 1 % of a small model's weights in bfloat16, 17 % in float16."""
+    says = complaint(FinetuneConfig, method="adam", dtype=dtype)
+    assert says == f"--dtype {dtype} rounds adam's steps away; leave it out for float32, or tune an --adapter"
+    assert "rounds the trajectory's steps away" in complaint(MetaTrainConfig, dtype=dtype)
+    assert finetune(method="adam", dtype=dtype, adapter="lora").dtype == dtype
+    assert finetune(method="mezo", dtype=dtype).dtype == dtype
     assert finetune(method="zo-finetuner", tuner="t").tuner == "t"
 
 

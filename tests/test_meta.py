@@ -13,6 +13,7 @@ from torch.func import functional_call
 from zotuner import noise
 from zotuner.blocks import find_blocks, moments
 from zotuner.config import MetaTrainConfig
+from zotuner.errors import ZotunerError
 from zotuner.expected import MEMORY, Expected, Profile, Profiles, Remembered, gain, minus_log_gain, profile
 from zotuner.gradients import block_dots
 from zotuner.meta import MetaTrainer
@@ -65,7 +66,10 @@ def visit(
     trainer: MetaTrainer, loss: Loss, *, other: Loss = never, centred: Loss | None = None, **options: Any
 ) -> dict[str, Any]:
     batch = (Example("a", ("b", "c"), 0),) * 4
-    point = Point(**{"number": 0, "position": 0, "task": "t", "examples": batch, "others": batch} | options)
+    begins = options.get("position", 0) == 0
+    point = Point(
+        **{"number": 0, "position": 0, "begins": begins, "task": "t", "examples": batch, "others": batch} | options
+    )
     return trainer.update(Visit(point, loss, other, centred))
 
 
@@ -166,6 +170,15 @@ def test_a_meta_loss_that_is_not_finite_changes_no_net(meta_loss: str) -> None:
     row = visit(trainer, lambda: loss_of(model) * float("nan"))
     assert row["skipped"]
     assert all(torch.equal(a, b) for a, b in zip(before, tuner.bank.parameters(), strict=True))
+
+
+def test_nets_that_are_not_finite_end_the_run_with_what_to_do() -> None:
+    model = Net()
+    trainer = MetaTrainer(model, Tuner.for_model(model, "abs"), config())
+    with torch.no_grad():
+        trainer._bank.w1[0, 0, 0] = float("nan")
+    with pytest.raises(ZotunerError, match=r"step 1: .* smaller --outer-lr than 0\.001"):
+        visit(trainer, partial(loss_of, model))
 
 
 class Split(nn.Module):
@@ -340,6 +353,72 @@ def test_each_task_has_profiles_of_its_own_before_and_after_it_has_settled() -> 
     counts = {phase: profiles.count for phase, profiles in expected._profiles.items()}
     assert counts == {"one settling": 1, "one settled": 2, "two settled": 1}
     assert [point.phase for point in expected._visited] == ["one settling", "one settled", "two settled", "one settled"]
+
+
+@pytest.mark.filterwarnings("ignore:.*read outside")
+def test_a_point_left_out_of_the_gain_leaves_no_nan_in_its_gradient() -> None:
+    ones = torch.ones(1, dtype=torch.float64)
+    good, flat = Profiles().add(Profile(1.0, ones / 2, ones, 4)), torch.zeros(3, 1, dtype=torch.float64)
+    scales, alone = (ones.clone().requires_grad_() for _ in range(2))
+    both = torch.stack([good, flat])
+    for found, by in (
+        (minus_log_gain(both, both, torch.stack([scales, scales])), scales),
+        (minus_log_gain(good[None], good[None], alone[None]), alone),
+    ):
+        assert found is not None
+        found.backward()
+        assert by.grad is not None
+    torch.testing.assert_close(scales.grad, alone.grad)
+
+
+def test_a_visit_of_a_few_points_of_a_record_knows_its_rounds_and_phases() -> None:
+    """Positions 0 and `settle` need not be among them."""
+    model = Split()
+    trainer = MetaTrainer(model, Tuner.for_model(model, "exp"), config(meta_loss="expected", settle=5))
+    known = []
+    for number, position in enumerate((1, 4, 7, 10, 2, 5)):
+        begins = number in (0, 4)
+        row = visit(trainer, model, number=number, position=position, begins=begins, centred=partial(model, 2.0))
+        known.append(math.isfinite(row["gain"]))
+    assert known == [False, True, False, True, False, False]
+
+
+def test_what_has_no_gradient_is_remembered_as_none_and_is_kept_so() -> None:
+    model = Split()
+    model.unused = nn.Parameter(torch.ones(3))
+    blocks = find_blocks(model, "block")
+
+    def made() -> Expected:
+        return Expected(blocks, config(meta_loss="expected"))
+
+    expected, sigma = made(), torch.ones(3)
+    for number in range(2):  # a gradient of b at the first alone: the mean of it fades
+        loss = partial(model.wavering, 1.0) if number == 0 else model.a.sum
+        batch = (Example("a", ("b", "c"), 0),) * 4
+        point = Point(number, number, number == 0, "t", batch, batch)
+        expected.visit(Visit(point, loss, never, None), torch.zeros(3, 5), sigma)
+    again = made()
+    again.restore(*expected.state())
+    (remembered,) = again._remembered.values()
+    assert [float(tensor[0]) for tensor in remembered.means.values()] == pytest.approx(
+        [1 - MEMORY**2, (1 - MEMORY) * MEMORY]
+    )
+
+
+def test_outer_steps_and_their_points_follow_from_the_configuration() -> None:
+    model = Split()
+
+    def objectives(**options: Any) -> list[float]:
+        trainer = MetaTrainer(model, Tuner.for_model(model, "exp"), config(meta_loss="expected", **options))
+        for number in range(6):
+            visit(trainer, partial(model, 1.0 + number), number=number, position=number)
+        random = torch.Generator().manual_seed(0)
+        spread = torch.rand(8, 2, generator=random, dtype=torch.float64) + 0.5
+        return [float(x) for x in trainer._meta_loss.objectives(6, lambda inputs: spread[: len(inputs)])]
+
+    few, many, other = objectives(outer_steps=2), objectives(outer_steps=3), objectives(outer_steps=2, seed=5)
+    assert (len(few), len(many), many[: len(few)]) == (2 * 5, 3 * 5, few)
+    assert other != few
 
 
 def test_a_step_is_judged_by_the_other_batch() -> None:

@@ -296,7 +296,7 @@ META = {
     "before any snapshot": ("meta", "module.MetaTrainer", "update", 2, True),
     "before the tuner": ("meta_train", "module.Tuner", "save_pretrained", 1, True),
 }
-META_OPTIONS = {"steps": 8, "reset_every": 3, "meta_loss": "expected", "bands": 2}
+META_OPTIONS = {"steps": 8, "reset_every": 3, "meta_loss": "expected", "bands": 2, "settle": 1}
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +328,24 @@ def test_a_meta_training_killed_anywhere_ends_with_the_same_tuner(
     assert killed(META[place], ["meta-train", *argv]).returncode == -signal.SIGKILL
     assert call("meta-train", "--resume", out) == 0
     assert_the_same_tuner(meta_whole, out)
+
+
+def test_the_nets_learn_at_the_end_of_each_round(meta_whole: Path) -> None:
+    spread = [row["sigma_log_std"] for row in read_rows(meta_whole / "metrics.jsonl")]
+    assert [x > 0 for x in spread] == [False] * 3 + [True] * 5
+
+
+def test_a_meta_training_by_the_papers_meta_loss_goes_on_with_the_same_bits(model_dir: Path, tmp_path: Path) -> None:
+    """Its nets learn at each point, so that Adam's moments count."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = {**META_OPTIONS, "meta_loss": "sampled", "save_every": 2}
+    assert call("meta-train", *argv_of(quick_meta(model_dir, whole, **options))) == 0
+    killing = killed(META["in an outer step"], ["meta-train", *argv_of(quick_meta(model_dir, out, **options))])
+    assert killing.returncode == -signal.SIGKILL
+    assert call("meta-train", "--resume", out) == 0
+    for name in ("tuner.safetensors", "tuner.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert timeless(read_rows(out / "metrics.jsonl")) == timeless(read_rows(whole / "metrics.jsonl"))
 
 
 def test_a_signal_ends_a_meta_training_at_the_next_step(meta_whole: Path, model_dir: Path, tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ class Config(BaseModel):
             )
         return self
 
+    def _check_first_order(self, whose: str) -> None:
+        """Weights of eight or eleven bits lose what a first-order step adds to them; adapters are in float32."""
+        if self.dtype in ("bfloat16", "float16") and self.adapter == "none":
+            raise ValueError(
+                f"--dtype {self.dtype} rounds {whose} away; leave it out for float32, or tune an --adapter"
+            )
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -220,6 +227,8 @@ class FinetuneConfig(Config):
             self._check_objective(self.objective)
         if self.quantize is not None:
             self._check_quantize()
+        if self.method in FIRST_ORDER:
+            self._check_first_order(f"{self.method}'s steps")
         if self.compile and (self.engine == "streamed" and "engine" in self.model_fields_set):
             raise ValueError("--compile needs --engine in-place: compiled code runs on the model's own weights")
         if (only := ONLY_NOISE.get(self.method)) is not None and self.noise not in (None, only):
@@ -302,7 +311,7 @@ class MetaTrainConfig(Config):
         "(expected)",
     )
     inner_lr: float = Field(4e-5, gt=0, allow_inf_nan=False, description="lr of the virtual step (sampled)")
-    outer_lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="Adam's lr for the PertNNs")
+    outer_lr: float = Field(1e-3, gt=0, le=1, allow_inf_nan=False, description="Adam's lr for the PertNNs")
     outer_steps: int = Field(8, ge=1, description="of Adam, for each point so far, at the end of a round (expected)")
     fo_optimizer: Literal["adam", "sgd"] = Field("adam", description="walks the trajectory; sgd has momentum 0.9")
     fo_lr: float = Field(5e-6, gt=0, allow_inf_nan=False, description="lr of the trajectory")
@@ -316,6 +325,7 @@ class MetaTrainConfig(Config):
             raise ValueError("--second-batch is for --meta-loss sampled; expected takes its signal from all points")
         if self.meta_loss == "expected" and self.batch_size < 2:
             raise ValueError(f"--meta-loss expected needs a --batch-size of at least 2, got {self.batch_size}")
+        self._check_first_order("the trajectory's steps")
         return self
 
 

@@ -78,9 +78,11 @@ class Remembered:
 
     means: dict[Piece, Tensor] = field(default_factory=dict)
     weight: float = 0.0
+    _met: set[Piece] = field(default_factory=set)  # at the present point
 
     def meet(self, piece: Piece, gradient: Tensor) -> float:
         """The product of a point's gradient with the mean over earlier points, 0 at the first, and takes it in."""
+        self._met.add(piece)
         if piece not in self.means:
             self.means[piece] = gradient * (1 - MEMORY)
             return 0.0
@@ -90,7 +92,10 @@ class Remembered:
         return product
 
     def pass_on(self) -> None:
-        """The point is over: all its pieces were met."""
+        """The point is over: pieces that were not met, such as experts that no token went to, had no gradient."""
+        for piece in self.means.keys() - self._met:
+            self.means[piece].mul_(MEMORY)
+        self._met.clear()
         self.weight = MEMORY * self.weight + 1 - MEMORY
 
 
@@ -177,7 +182,7 @@ def minus_log_gain(
     if not bool(usable.any()):
         return None
     signs = torch.tensor([-2.0, 1.0, 1.0], dtype=torch.float64)
-    return ((above / below) @ signs)[usable].mean()
+    return ((above[usable] / below[usable]) @ signs).mean()
 
 
 class _Visited(NamedTuple):
@@ -209,23 +214,25 @@ class Expected:
         self._pieces = list(pieces_of(blocks))
         self._profiles: dict[str, Profiles] = {}  # of each task, before and after it has settled
         self._visited: list[_Visited] = []
-        self._remembered: dict[str, Remembered] = {}  # of each task, since the round began or settled
+        self._remembered: dict[str, Remembered] = {}  # of each task and phase that a round is in
 
     def visit(self, visit: Visit, inputs: Tensor, scales: Tensor) -> Found:
         """Measures signal, energy and curvature; the losses that the nets are told are that of the point."""
         at, settled = visit.point, visit.point.position >= self._config.settle
-        if at.position in (0, self._config.settle):
+        phase = f"{at.task} {'settled' if settled else 'settling'}"
+        if at.begins:
             self._remembered.clear()
-        remembered = self._remembered.setdefault(at.task, Remembered())
+        elif settled:
+            self._remembered.pop(f"{at.task} settling", None)
+        remembered = self._remembered.setdefault(phase, Remembered())
         centred = visit.centred if settled else None
         point = profile(self._blocks, visit.loss, centred, remembered, examples=len(at.examples))
         row: dict[str, Any] = {"loss": point.loss, "meta_loss": math.nan, "coefficients": [], "gain": math.nan}
         if not point.finite:
-            del self._remembered[at.task]  # it met a gradient that is not
+            del self._remembered[phase]  # it met a gradient that is not
             return Found(row | {"skipped": True}, None)
         row["skipped"] = False
         if point.signal is not None:
-            phase = f"{at.task} {'settled' if settled else 'settling'}"
             profiles = self._profiles.setdefault(phase, Profiles())
             self._visited.append(_Visited(inputs, profiles.add(point), phase))
             reached = gain(profiles.means, scales)
@@ -254,12 +261,13 @@ class Expected:
         if self._visited:
             tensors["visited.inputs"] = torch.stack([x.inputs for x in self._visited])
             tensors["visited.own"] = torch.stack([x.own for x in self._visited])
-        for task, remembered in self._remembered.items():
-            tensors |= {f"remembered.{task}.{k}": remembered.means[piece] for k, (_, piece) in enumerate(self._pieces)}
+        for phase, remembered in self._remembered.items():
+            known = [(k, piece) for k, (_, piece) in enumerate(self._pieces) if piece in remembered.means]
+            tensors |= {f"remembered.{phase}.{k}": remembered.means[piece] for k, piece in known}
         return tensors, {
             "profiles": {phase: p.count for phase, p in self._profiles.items()},
             "visited": [x.phase for x in self._visited],
-            "remembered": {task: r.weight for task, r in self._remembered.items()},
+            "remembered": {phase: r.weight for phase, r in self._remembered.items()},
         }
 
     def save(self, path: Path) -> None:
@@ -278,8 +286,8 @@ class Expected:
         self._visited = [
             _Visited(visited["inputs"][k], visited["own"][k], phase) for k, phase in enumerate(state["visited"])
         ]
-        for task, weight in state["remembered"].items():
-            kept = under(f"remembered.{task}.", tensors)
+        for phase, weight in state["remembered"].items():
+            kept = under(f"remembered.{phase}.", tensors)
             # clones lie where torch aligns memory, on which a product's last bits depend; a file's tensors need not
-            means = {piece: kept[str(k)].clone() for k, (_, piece) in enumerate(self._pieces)}
-            self._remembered[task] = Remembered(means, weight)
+            means = {piece: kept[str(k)].clone() for k, (_, piece) in enumerate(self._pieces) if str(k) in kept}
+            self._remembered[phase] = Remembered(means, weight)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zotuner.block_types import alike, block_types
 from zotuner.blocks import find_blocks
 from zotuner.config import MetaTrainConfig
+from zotuner.errors import ZotunerError
 from zotuner.expected import Expected
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import PertNNBank, normalize
@@ -72,13 +73,13 @@ class MetaTrainer:
         self._deliver()
 
     def update(self, visit: Visit) -> dict[str, Any]:
-        """What a point says, and an outer step if it is to be learned at once. Position 0: inputs begin anew.
+        """What a point says, and an outer step if it is to be learned at once. Where a round begins, inputs do, too.
 
         Returns:
             What a row of metrics holds.
         """
         task = visit.point.task
-        if visit.point.position == 0:
+        if visit.point.begins:
             self._told.clear()
         inputs = self._inputs(task)
         with torch.no_grad():
@@ -104,6 +105,11 @@ class MetaTrainer:
             self._outer.zero_grad()
             objective.backward()
             self._outer.step()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._bank.parameters()):
+            raise ZotunerError(
+                f"step {number}: the PertNNs' weights are no longer finite; start another run with a smaller "
+                f"--outer-lr than {self._outer_lr:g}"
+            )
         self._deliver()
 
     def _spread(self, scales: Tensor) -> dict[str, Any]:

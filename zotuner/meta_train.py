@@ -121,8 +121,12 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
 
 
 def _check_sizes(config: MetaTrainConfig, splits: dict[str, Splits]) -> None:
-    """Raises a ZotunerError where a task has no second batch."""
+    """Raises a ZotunerError where a task has no second batch, or none of two examples."""
     for name, split in splits.items():
+        if config.meta_loss == "expected" and len(split.train) < 2:
+            raise ZotunerError(
+                f"--meta-loss expected: needs at least 2 training examples of task {name}, got {len(split.train)}"
+            )
         if config.second_batch and len(split.train) <= config.batch_size:
             raise ZotunerError(
                 f"--second-batch: expected more than --batch-size {config.batch_size} training examples of task "
@@ -188,7 +192,7 @@ class _Walked:
         with MetricsLog(config.out / METRICS) as metrics:
             for point in self._points.points(config.steps, start):
                 self._heed(point, point.number > start)
-                if point.position == 0:
+                if point.begins:
                     self._trainer.end_round(point.number)
                 row = self._update(point)
                 metrics.write(

@@ -1,6 +1,5 @@
 """Steps of every method that fine-tunes, with one face: taken on batches, or repeated from a record."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from zotuner.optim import (
     ZOSGDMomentum,
     ZOSign,
 )
-from zotuner.trajectory import first_order
+from zotuner.trajectory import first_order, step_if_finite
 from zotuner.tuner import Tuner
 
 
@@ -119,16 +118,12 @@ class FirstOrderStepper:
     def __call__(self, objective: Objective, batches: Sequence[Batch]) -> Taken:
         """One step on the examples of all batches together."""
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.zero_grad()
         value = 0.0
         for batch, share in zip(batches, shares(batches), strict=True):
             loss = share * objective.loss(self._model, batch)
             value += float(loss.detach())
             loss.backward()
-        finite = math.isfinite(value)
-        if finite:
-            self.optimizer.step()
-        return Taken(value, lr, 1, (), (value,), not finite)
+        return Taken(value, lr, 1, (), (value,), skipped=not step_if_finite(self.optimizer, value))
 
 
 Stepper = ZOStepper | FirstOrderStepper

@@ -5,6 +5,7 @@
 A trajectory can be recorded (batches and losses always, weights on request) and visited again without walking it.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Point:
     Attributes:
         number: From 0, over the whole walk.
         position: Steps since the last reset.
+        begins: Whether the model began anew since the point before, or this is the first.
         task: Whose batch it is.
         examples: The batch.
         others: As many further examples of the task, as far as there are.
@@ -41,6 +43,7 @@ class Point:
 
     number: int
     position: int
+    begins: bool
     task: str
     examples: tuple[Example, ...]
     others: tuple[Example, ...]
@@ -52,6 +55,19 @@ def first_order(name: Literal["adam", "sgd"], model: nn.Module, lr: float) -> to
     if name == "adam":
         return torch.optim.Adam(params, lr=lr, fused=True)
     return torch.optim.SGD(params, lr=lr, momentum=MOMENTUM, fused=True)
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, loss: float) -> bool:
+    """Takes a step, unless the loss or a gradient is not finite: that would be in every weight from then on.
+
+    Gradients do not outlive it. Returns whether the step was taken.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    finite = math.isfinite(loss) and bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return finite
 
 
 class Walk:
@@ -126,7 +142,7 @@ class Walk:
                     self._optimizer = self._make()
                 task, chosen = self._batch(number)
                 snapshot = self._snapshot(number)
-                point = _point(self._train, number, position, task, chosen)
+                point = _point(self._train, number, position, position == 0, task, chosen)
                 yield point
                 loss = self._step(self._optimizer, point)
                 rows.write(
@@ -156,12 +172,12 @@ class Walk:
         return name
 
     def _step(self, optimizer: torch.optim.Optimizer, point: Point) -> float:
-        """One first-order step on the point's batch; gradients do not outlive it."""
+        """One first-order step on the point's batch, if it can be taken; returns the loss."""
         loss = self._loss(point.task, point.examples)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
+        value = float(loss.detach())
+        step_if_finite(optimizer, value)
+        return value
 
 
 class Recorded:
@@ -203,17 +219,18 @@ class Recorded:
     def points(self, count: int, start: int = 0) -> Iterator[Point]:
         """Yields the points from `start` up to `count` with the model at each."""
         for number in range(start, count):
-            row = self._rows[number % len(self._rows)]
+            row, before = (self._rows[(number - back) % len(self._rows)] for back in (0, 1))
+            begins = number == 0 or row["position"] <= before["position"]
             restore_weights(self._model, self._folder / row["snapshot"])
-            yield _point(self._train, number, row["position"], row["task"], row["examples"])
+            yield _point(self._train, number, row["position"], begins, row["task"], row["examples"])
 
 
 def _point(
-    train: Mapping[str, Sequence[Example]], number: int, position: int, task: str, chosen: Sequence[int]
+    train: Mapping[str, Sequence[Example]], number: int, position: int, begins: bool, task: str, chosen: Sequence[int]
 ) -> Point:
     """A point by the numbers of its examples; the others follow from these and the point's number alone."""
     left = np.setdiff1d(np.arange(len(train[task])), chosen)
     random = np.random.default_rng((number, *chosen))
     others = random.choice(left, min(len(chosen), len(left)), replace=False)
     picked, further = (tuple(train[task][i] for i in numbers) for numbers in (chosen, others))
-    return Point(number, position, task, picked, further)
+    return Point(number, position, begins, task, picked, further)
