@@ -5,7 +5,7 @@
 
 Nets are learned anew, in seconds, from what each point said (`points.safetensors`, of --meta-loss expected and
 --granularity block), of all tasks or of all but one. A line each: the gain over sigma = 1, geometric mean and by phase.
-Nets see what the run's did: --architecture changes what bounds a scale and how nets begin, not how features are put. Nets that
+Nets see what the run's did: --architecture changes what bounds a scale and how nets begin, not what they see. Nets that
 are blind are told nothing, so each is a number. --out keeps the nets of all tasks that a last line is of.
 """
 

@@ -551,6 +551,15 @@ def test_where_peft_knows_no_layers_the_error_names_those_one_can_pass(kind: str
     assert len(find_blocks(adapted(tiny_phi3(), config_of(kind, adapter_targets=("qkv_proj",)), "base"))) > 0
 
 
+def test_virtual_tokens_that_take_all_that_a_model_reads_are_refused(
+    model_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    options = {"adapter": "prompt", "adapter_tokens": 3000, "max_length": 4000}
+    assert call("finetune", *argv_of(quick(model_dir, tmp_path / "run", **options))) == 2
+    says = "--adapter-tokens 3000 leaves no room in the 256 tokens that the model reads"
+    assert says in assert_one_error_line(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_virtual_tokens_are_for_causal_models(kind: str) -> None:
     with pytest.raises(ZotunerError, match="expected a causal language model, got RobertaForMaskedLM; use lora or ia3"):

@@ -446,6 +446,32 @@ def test_bad_input_is_one_line_exit_code_2_and_writes_nothing(
     assert not out.exists()
 
 
+def test_a_run_is_gone_on_with_by_the_program_that_began_it(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned, trained = tmp_path / "tuned", tmp_path / "trained"
+    assert call("finetune", *argv_of(quick(model_dir, tuned, steps=0))) == 0
+    assert call("meta-train", *argv_of(quick_meta(model_dir, trained, steps=1))) == 0
+    for command, other, run in (("meta-train", "finetune", tuned), ("finetune", "meta-train", trained)):
+        capsys.readouterr()
+        assert call(command, "--resume", run) == 2
+        assert f"zotuner {other} --resume goes on with it" in assert_one_error_line(capsys.readouterr().err)
+
+
+def test_a_flag_of_several_values_may_stand_several_times(model_dir: Path, tmp_path: Path) -> None:
+    words = [*argv_of(quick_meta(model_dir, tmp_path / "out", steps=1)), "--tasks", "demo-sentiment"]
+    assert call("meta-train", *words) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"] == ["demo-copa", "demo-sentiment"]
+
+
+def test_help_shows_that_a_number_may_stand_for_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("finetune", "--help") == 0
+    shown = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).split())
+    assert "--branch-threads auto|N" in shown
+    assert "--quantize 4|8" in shown
+    assert "--noise gaussian|rademacher|low-rank" in shown
+
+
 def _holds_a_run(out: Path) -> None:
     out.mkdir()
     (out / "config.yaml").write_text("steps: 1\n")

@@ -18,7 +18,7 @@ def after(coefficients: list[float], limit: float = 3.0) -> tuple[list[float], d
 
 
 def test_usual_coefficients_are_left_as_they_are() -> None:
-    usual = [math.sin(i) for i in range(100)]
+    usual = [math.sin(i) for i in range(1, 101)]
     came, state = after(usual)
     assert came == usual
     assert state["clip_count"] == 100
@@ -37,6 +37,13 @@ def test_nothing_is_clipped_before_a_deviation_is_known() -> None:
     came, _ = after([1.0] * (WARM_UP - 1) + [50.0])
     assert came[-1] == 50.0
     assert after([1.0] * WARM_UP + [50.0])[0][-1] == pytest.approx(3.0)
+
+
+def test_steps_without_a_difference_do_not_stop_a_run() -> None:
+    """As it often begins where accuracy is the objective: most perturbations change no answer."""
+    came, state = after([0.0] * 15 + [25.0, 0.0] * 20)
+    assert came == [0.0] * 15 + [25.0, 0.0] * 20
+    assert state["clip_count"] == 20
 
 
 def test_coefficients_of_one_step_keep_their_direction() -> None:

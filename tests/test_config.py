@@ -206,6 +206,14 @@ def test_a_tuner_belongs_to_the_method_that_uses_it() -> None:
     assert "--tuner is for method zo-finetuner, not for mezo" in complaint(FinetuneConfig, tuner="t")
 
 
+@pytest.mark.parametrize("where", ["", "deep: "])
+def test_a_key_that_stands_twice_is_an_error_and_neither_is_lost(tmp_path: Path, where: str) -> None:
+    text = f"{where}{{steps: 1, steps: 2}}\n" if where else "steps: 1\nsteps: 2\n"
+    file = yaml_file(tmp_path, text)
+    with pytest.raises(ZotunerError, match=r"run\.yaml: expected YAML: .*'steps' stands twice"):
+        read_yaml(file)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_first_order_steps_are_not_left_to_weights_that_round_them_away(dtype: str) -> None:
     """Adam's steps of 5e-6 changed 1 % of a small model's weights in bfloat16, 17 % in float16."""

@@ -135,6 +135,11 @@ def test_an_exported_ledger_names_the_task_without_its_folder(own: Path, model_d
     assert call("export", tmp_path / "run", "--out", tmp_path / "r.zoledger") == 0
     assert read_recorded(tmp_path / "r.zoledger").config.task == "reviews.yaml"
     assert str(own).encode() not in (tmp_path / "r.zoledger").read_bytes()
+    words = argv_of(quick(model_dir, tmp_path / "rewarded", objective=f"{OWN / 'rewards.py'}:brief"))
+    assert call("finetune", *words) == 0
+    assert call("export", tmp_path / "rewarded", "--out", tmp_path / "w.zoledger") == 0
+    assert read_recorded(tmp_path / "w.zoledger").config.objective == "rewards.py:brief"
+    assert str(OWN).encode() not in (tmp_path / "w.zoledger").read_bytes()
 
 
 @pytest.fixture
@@ -479,6 +484,11 @@ def test_a_broken_table_is_one_line_that_names_it(tmp_path: Path, name: str, con
         ('row["text"]', 'row["txt"]', ", line 12: KeyError: 'txt'"),
         ('    sources = {"train": "t.jsonl"}\n', "", "task own has no 'train' rows: name their table in sources"),
         ('"own"', '"copa"', ": name 'copa' is that of a task of the package"),
+        ('{"text": str}', '["text"]', ": class Own: fields: expected dict, got ['text']"),
+        ('{"text": str}', '{"text": "str"}', "fields: expected a type for 'text', such as str, got 'str'"),
+        ('"own"', '"own"; dev_size = "a"', ": class Own: dev_size: expected int, got 'a'"),
+        ('"own"', '"own"; metrics = {"x": 1.0}', ": class Own: metrics: expected a function for 'x', got 1.0"),
+        ('"own"', '"own"; metrics = {"step": len}', "metrics: a metric cannot be called 'step'"),
     ],
 )
 def test_a_mistake_in_a_python_file_is_one_line(
@@ -523,6 +533,33 @@ def test_a_mistake_in_a_score_is_one_line(tmp_path: Path, code: str, says: str) 
         get_task(reviews(tmp_path, metric="s.py:score")).metrics["score"](["x"], [Example("", ("x",), 0)])
     assert str(caught.value).startswith(str(tmp_path / "s.py"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "says"),
+    [
+        (["s.py:loss"], "metric: a metric cannot be called 'loss'"),
+        (["accuracy", "s.py:forwards"], "metric: a metric cannot be called 'forwards'"),
+        (["s.py:score", "other.py:score"], "metric: expected metrics of different names, got 'score' twice"),
+    ],
+)
+def test_a_metric_takes_the_name_of_nothing_else(tmp_path: Path, metrics: list[str], says: str) -> None:
+    for name in ("s.py", "other.py"):
+        (tmp_path / name).write_text("def score(answer, example): return 1.0\nloss = forwards = score\n")
+    assert says in complaint(reviews(tmp_path, metric=metrics))
+
+
+def test_a_metric_of_a_python_task_judges_all_answers_and_blames_the_file(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "x"}\n' * 4)
+    code = CLASS.replace(
+        '"own"', '"own"; metrics = {"share": lambda a, e: sum(x == "y" for x in a) / len(e), "bad": abs}'
+    )
+    (tmp_path / "own.py").write_text(code)
+    metrics = get_task(tmp_path / "own.py").metrics
+    examples = [Example("", ("x", "y"), 0)] * 2
+    assert metrics["share"](["y", "x"], examples) == 0.5
+    with pytest.raises(ZotunerError, match=r"own\.py, line \?: TypeError: abs\(\) takes"):
+        metrics["bad"](["y", "x"], examples)
 
 
 def test_a_task_file_that_is_not_there_is_one_line_of_the_command_line(
@@ -580,8 +617,21 @@ def test_a_task_for_masked_models_alone_is_shown_as_they_read_it(
     assert complaint(tmp_path / "own.py") == "task own has a prompt for masked models alone (such as RoBERTa)"
 
 
-@pytest.mark.parametrize("words", [["cop"], ["copa", "--data-dir", "nowhere"], ["demo-copa", "--model", "nowhere"]])
-def test_what_cannot_be_shown_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cop"],
+        ["copa", "--data-dir", "nowhere"],
+        ["demo-copa", "--model", "nowhere"],
+        ["demo-copa", "--model", "broken"],
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text('{"model_type": "nothing-like-it"}')
     assert call("tasks", *words) == 2
     assert_one_error_line(capsys.readouterr().err)
 

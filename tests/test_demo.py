@@ -41,6 +41,21 @@ def test_the_demo_keeps_away_from_folders_that_are_not_its_own(
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["photos"]
 
 
+def test_the_demo_replaces_no_run_of_somebody_else(
+    model_dir: Path, tuner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine" / "mezo"
+    words = ["--model", str(model_dir), "--task", "demo-copa", "--method", "mezo", "--out", str(out), "--steps", "0"]
+    assert main(["finetune", *words, "--eval-size", "2", "--no-zero-shot"]) == 0
+    before = (out / "config.yaml").read_bytes()
+    assert main(["demo", "--out", str(out.parent), "--tuner", str(tuner)]) == 2
+    assert "expected a new folder or an earlier demo's" in capsys.readouterr().err
+    assert (out / "config.yaml").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file" / "x"), "--tuner", str(tuner)]) == 2
+    assert "is a file; choose another --out" in capsys.readouterr().err
+
+
 def test_the_demo_says_where_a_tuner_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path / "demo"), "--tuner", str(tmp_path / "none")]) == 2
     assert "none: no such tuner" in capsys.readouterr().err

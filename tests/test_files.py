@@ -496,6 +496,9 @@ def test_a_lock_is_refused_to_others_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), locked(tmp_path / "failed"):
         raise RuntimeError
     assert not (tmp_path / "failed").exists()
+    with pytest.raises(RuntimeError), locked(tmp_path / "a" / "b" / "c"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

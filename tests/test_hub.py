@@ -105,6 +105,19 @@ def test_a_folder_with_other_files_is_not_pulled_into(
     assert [path for path in tmp_path.iterdir() if path.name == "notes.txt"]
 
 
+def test_what_lies_beside_a_tuner_is_not_lost_by_pulling_another_there(
+    hub: HubServer, tuner_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_hub(hub, "acme/tuner")
+    shutil.copytree(tuner_dir, tmp_path / "out")
+    words = ["tuner", "pull", "acme/tuner", "--out", tmp_path / "out", "--overwrite"]
+    (tmp_path / "out" / "measurements.jsonl").write_text("dear")
+    assert call(*words) == 2
+    assert "holds more than a tuner (measurements.jsonl)" in assert_one_error_line(capsys.readouterr().err)
+    (tmp_path / "out" / "measurements.jsonl").unlink()
+    assert call(*words) == 0
+
+
 def test_a_damaged_tuner_is_not_pulled(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     on_hub(hub, "acme/tuner")
     (hub.root / "models/acme/tuner" / WEIGHTS).write_bytes(b"short")

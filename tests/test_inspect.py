@@ -14,6 +14,7 @@ from rich.console import Console
 from test_cli import assert_one_error_line, call
 from tiny import tiny_llama, tiny_opt
 
+from zotuner.block_types import alike
 from zotuner.blocks import find_blocks
 from zotuner.errors import ZotunerError
 from zotuner.inspection.fresh import TOLD_APART, spread_of_fresh, tensors
@@ -167,6 +168,35 @@ def test_only_common_blocks_are_compared_in_whatever_order() -> None:
     assert found.blocks == ("a", "c")
     np.testing.assert_allclose(found.log_ratio, [0, math.log(2)])
     assert "over 2 common blocks, 2 blocks that one alone knows left out: 1.0000" in found.summary
+
+
+def test_blocks_without_noise_are_left_out_and_counted() -> None:
+    names = ("h.0.w", "h.1.w", "h.2.w", "h.3.w")
+    one = Sigmas(names, np.array([0.0, 2.0, 4.0, 8.0]), np.ones((3, 4)), "sigma~", "")
+    other = Sigmas(names, np.array([1.0, 2.0, 4.0, 0.0]), np.ones((3, 4)), "sigma~", "")
+    assert one.spread == pytest.approx(np.log([2.0, 4.0, 8.0]).std())
+    assert one.silent == 1
+    found = compare(one, other)
+    assert "over 2 common blocks, 2 that one gives no noise left out: 1.0000" in found.summary
+    assert found.log_ratio.tolist() == [0.0, 0.0]
+    assert one.by_layer()["w"].tolist() == pytest.approx([0.0, 2.0, 4.0, 8.0])
+    title, row = shown(heat_map(one)).splitlines()[:2]
+    assert "0 is 2.000, 9 is 8.000, a dot is none" in title
+    assert row.split()[1] == ".059"
+    with pytest.raises(ZotunerError, match="both give any noise"):
+        compare(one, Sigmas(names[:1], np.ones(1), np.ones((3, 1)), "sigma~", ""))
+
+
+def test_fresh_nets_share_what_the_tuners_do() -> None:
+    several = np.array([sigmas(shared(seed)).spread for seed in range(5)])
+    assert spread_of_fresh(shared(9)).endswith(f"{several.mean():.4f} +- {several.std(ddof=1):.4f}")
+
+
+def shared(seed: int) -> Tuner:
+    """A fresh tuner whose blocks of one type share a net."""
+    tuner = fresh("abs", seed, config={"bands": 1})
+    firsts, of_block = alike(tuner.block_names, 1)
+    return Tuner(tuner.info, tuner.bank.chosen(firsts).chosen(of_block))
 
 
 def test_a_scale_that_is_the_same_everywhere_has_no_correlation() -> None:

@@ -17,7 +17,9 @@ from zotuner.models import (
     compile_layers,
     compute_dtype,
     keep_weights,
+    kind_saved,
     load_model,
+    load_tokenizer,
     restore_weights,
     save_model,
     weights_sha256,
@@ -85,6 +87,26 @@ def test_what_is_no_model_is_refused_in_one_line(
         load_model(name)
     assert "\n" not in str(caught.value)
     assert not any((tmp_path / "cache").glob("models/*/"))
+
+
+def test_weights_that_do_not_fit_their_configuration_are_told_in_one_line(model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    stated = json.loads(config.read_text())
+    config.write_text(json.dumps({**stated, "intermediate_size": 5}))
+    with pytest.raises(ZotunerError) as caught:
+        load_model(tmp_path / "model")
+    wide, high = stated["hidden_size"], stated["intermediate_size"]
+    assert str(caught.value).endswith(
+        f"key model.layers.0.mlp.down_proj.weight: expected weights ({wide}, 5), as its configuration says, "
+        f"got ({wide}, {high})"
+    )
+
+
+def test_an_adapters_kind_and_tokenizer_are_those_of_its_base(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model_dir)}))
+    assert kind_saved(tmp_path) == "causal"
+    assert load_tokenizer(tmp_path).get_vocab() == load_tokenizer(model_dir).get_vocab()
 
 
 def test_a_hub_id_is_downloaded_and_a_missing_one_is_one_line(model_dir: Path, tmp_path: Path) -> None:

@@ -161,6 +161,21 @@ def test_a_budget_of_tokens_ends_a_run_after_the_step_that_reaches_it(
     assert [row["step"] for row in read_rows(out / "evals.jsonl")] == [0, 4, steps]
 
 
+def test_scales_are_kept_ever_more_rarely_where_the_steps_are_not_known(
+    whole: Callable[[str], Path], model_dir: Path, tuner_dir: Path, tmp_path: Path
+) -> None:
+    out, rows = tmp_path / "out", read_rows(whole("zo-finetuner") / "metrics.jsonl")
+    budget = {"steps": 1_000_000, "eval_every": 1_000_000, "max_tokens": 72 * rows[-1]["tokens"] // len(rows)}
+    argv = argv_of(quick(model_dir, out, **options_of("zo-finetuner", tuner_dir) | budget))
+    assert killed(("training", "module.Ledger", "write", 40, False), ["finetune", *argv]).returncode < 0
+    assert call("finetune", "--resume", out) == 0
+    names, *scales = read_rows(out / "scales.jsonl")
+    steps = len(read_rows(out / "metrics.jsonl"))
+    assert steps > 66
+    assert "blocks" in names
+    assert [row["step"] for row in scales] == [*range(64), *range(64, steps, 2)]
+
+
 def test_a_run_whose_seconds_are_used_up_takes_no_step_when_it_goes_on(model_dir: Path, tmp_path: Path) -> None:
     out, limit = tmp_path / "out", 0.03
     argv = argv_of(quick(model_dir, out, steps=10_000, eval_every=10_000, max_seconds=limit))

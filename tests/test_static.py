@@ -190,6 +190,8 @@ def test_a_scale_by_hand_is_that_of_all_blocks_of_its_type() -> None:
         (["mlp.up_proj.wieght=2"], "did you mean 'mlp.up_proj.weight'?"),
         (["mlp.up_proj.weight=-1"], "not negative"),
         (["mlp.up_proj.weight=nan"], "finite"),
+        (["mlp.up_proj.weight=1e39"], "at most 1e+06, got 1e+39"),
+        (["mlp.up_proj.weight=2", "mlp.up_proj.weight=3"], "mlp.up_proj.weight stands twice"),
         (["mlp.up_proj.weight"], "expected NAME=SIGMA"),
     ],
 )
@@ -227,9 +229,21 @@ def test_layers_alone_are_tuned_and_the_rest_stays_as_it_is(model_dir: Path, tmp
     assert all("layers.1." in name for name in changed)
 
 
+def test_spans_of_layers_and_scales_may_be_stated_one_flag_each(model_dir: Path, tmp_path: Path) -> None:
+    words = ["tuner", "static", "--model", model_dir, "--out", tmp_path / "t", "--layers", "0", "--layers", "1"]
+    assert call(*words, "--by-type", "mlp.up_proj.weight=2", "--by-type", "mlp.down_proj.weight=3") == 0
+    tuner = Tuner.from_pretrained(tmp_path / "t")
+    for name, sigma in zip(tuner.block_names, tuner.scales(random(21, 5)).tolist(), strict=True):
+        wanted = {"up_proj": 2.0, "down_proj": 3.0}.get(name.split(".")[-2], 1.0) if "layers." in name else 0.0
+        assert sigma == wanted, name
+
+
 @pytest.mark.parametrize(
     ("span", "says"),
-    [("0-9", "--layers 0-9: expected two of the layers 0 to 1"), ("1-0", "the lower one first"), ("a", "FIRST-LAST")],
+    [
+        ("0-9", "--layers 0-9: expected two of the layers 0 to 1"),
+        *(("1-0", "the lower one first"), ("a", "FIRST-LAST"), ("1-", "FIRST-LAST")),
+    ],
 )
 def test_a_wrong_span_of_layers_is_one_line(model_dir: Path, tmp_path: Path, capsys: Any, span: str, says: str) -> None:
     assert call("tuner", "static", "--model", model_dir, "--out", tmp_path / "t", "--layers", span) == 2
@@ -251,6 +265,12 @@ def test_scales_are_the_power_of_the_ratio_at_the_budget_of_mezo() -> None:
         found = scales_of(statistics(g, c), blocks, statistic, 0.5).numpy()  # type: ignore[arg-type]
         assert (found**2 * numels).sum() == pytest.approx(numels.sum())
         assert found / found[0] == pytest.approx((ratio / ratio[0]) ** 0.25)
+
+
+def test_a_power_that_leaves_one_block_alone_is_no_overflow() -> None:
+    blocks = find_blocks(Net())
+    found = scales_of(statistics([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5), blocks, "gradient-curvature", 1e6)
+    assert [x > 0 for x in found.tolist()] == [False] * 4 + [True]
 
 
 def test_an_estimate_below_its_error_is_raised_to_a_part_of_its_types_median() -> None:

@@ -18,7 +18,7 @@ from zotuner.cli_controls import (
     show_scales,
     whole,
 )
-from zotuner.config import DTYPE, Config, FinetuneConfig, MetaTrainConfig
+from zotuner.config import DTYPE, Config, FinetuneConfig, MetaTrainConfig, read_yaml
 from zotuner.errors import Interrupted, ZotunerError
 
 C = TypeVar("C", bound=Config)
@@ -185,7 +185,9 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--logits", choices=["all", "last"], default="all", help="positions of the loss (%(default)s)")
     parser.add_argument("--dtype", choices=get_args(DTYPE), default="float32", help="of the weights (%(default)s)")
     parser.add_argument("--rounds", type=_count, default=7, help="measurements of each (%(default)s)")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows, such as 'mezo gaussian' (all)")
+    parser.add_argument(
+        "--methods", nargs="+", action="extend", metavar="NAME", help="rows, such as 'mezo gaussian' (all)"
+    )
     drift = "measure instead how far so many steps with lr = 0 move the weights"
     parser.add_argument("--drift", type=_count, dest="drift_steps", metavar="STEPS", help=drift)
     pertnn = "measure instead one evaluation of N PertNNs; OPT-30B has 772 blocks"
@@ -208,7 +210,7 @@ def _add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(field.annotation) is tuple:
-            options |= {"nargs": "+", "metavar": name[:-1].upper()}
+            options |= {"nargs": "+", "action": "extend", "metavar": name[:-1].upper()}
         else:
             options["metavar"] = "|".join(_choices(field.annotation)) or name.upper()
         parser.add_argument("--" + name.replace("_", "-"), **options)
@@ -229,11 +231,12 @@ def _help(field: FieldInfo) -> str:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The values of a Literal, also within `Literal[...] | None`."""
+    """The values of a Literal, also within `Literal[...] | None`; of `int | Literal[...]` also N."""
+    parts = get_args(annotation)
     found: list[str] = []
-    for part in get_args(annotation):
+    for part in parts:
         found += [str(part)] if isinstance(part, str | int) else _choices(part)
-    return found
+    return [*found, "N"] if found and int in parts else found
 
 
 def _config(kind: type[C], arguments: argparse.Namespace) -> C:
@@ -247,6 +250,13 @@ def _config(kind: type[C], arguments: argparse.Namespace) -> C:
     file = arguments.resume / "config.yaml"
     if not file.is_file():
         raise ZotunerError(f"{arguments.resume}: expected a run to go on with, but it has no config.yaml")
+    other: type[Config] = MetaTrainConfig if issubclass(kind, FinetuneConfig) else FinetuneConfig
+    only = set(other.model_fields) - set(kind.model_fields)
+    if only & read_yaml(file).keys():
+        command = "meta-train" if other is MetaTrainConfig else "finetune"
+        raise ZotunerError(
+            f"{arguments.resume}: is a run of another program: zotuner {command} --resume goes on with it"
+        )
     return kind.read(file, {"out": arguments.resume})
 
 
@@ -367,6 +377,10 @@ def _tuner_static(arguments: argparse.Namespace) -> None:
     _quiet()
     from zotuner.controls.commands import static
 
+    named = [name for name, _ in arguments.by_type]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        raise ZotunerError(f"--by-type: {twice} stands twice; give each type one scale")
     show_scales(*static(**{**_stated(arguments), "by_type": dict(arguments.by_type)}))
 
 

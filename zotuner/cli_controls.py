@@ -28,9 +28,11 @@ def add_static_options(parser: argparse.ArgumentParser) -> None:
     """Of `zotuner tuner static`."""
     _add_made_options(parser)
     text = "types of blocks, such as self_attn.q_proj.weight=2; 1 for those not named"
-    parser.add_argument("--by-type", default=[], nargs="+", type=_assignment, metavar="NAME=SIGMA", help=text)
+    parser.add_argument(
+        "--by-type", default=[], nargs="+", action="extend", type=_assignment, metavar="NAME=SIGMA", help=text
+    )
     text = "tune the blocks of these layers alone, such as 18-23; all others get 0 (all layers)"
-    parser.add_argument("--layers", default=[], nargs="+", type=_span, metavar="FIRST-LAST", help=text)
+    parser.add_argument("--layers", default=[], nargs="+", action="extend", type=_span, metavar="FIRST-LAST", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a tuner in --out (off)")
 
 
@@ -102,8 +104,8 @@ def _positive(text: str) -> float:
 
 
 def _span(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("-")
-    if not first.isdecimal() or not (last or first).isdecimal():
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or not (last if dash else first).isdecimal():
         raise argparse.ArgumentTypeError(f"expected FIRST-LAST, two numbers of layers, or one, got {text!r}")
     return int(first), int(last or first)
 

@@ -154,7 +154,9 @@ class FinetuneConfig(Config):
         None, description="of zo-finetuner: two-point (default), or one-sided, which is fzoo's"
     )
     num_perturbations: int = Field(8, ge=2, le=1 << 15, description="N of FZOO; a step costs N + 1 forwards")
-    noise: NOISE | None = Field(None, description="gaussian, or rademacher (default of fzoo's estimator)")
+    noise: NOISE | None = Field(
+        None, description="gaussian, rademacher (default of fzoo's estimator) or low-rank (lozo's)"
+    )
     rank: int = Field(1, ge=1, le=1 << 16, description="of low-rank noise; lozo: 2")
     factors: KIND = Field("rademacher", description="distribution of low-rank noise's factors; lozo: gaussian")
     resample_every: int = Field(
@@ -329,6 +331,17 @@ class MetaTrainConfig(Config):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it is, but a key that stands twice in a mapping, of which one would be lost, is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[1]!r} stands twice", node.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """A YAML file's mapping.
 
@@ -336,7 +349,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ZotunerError: No such file, no YAML, or no mapping.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ZotunerError(f"{file}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zotuner.config import FinetuneConfig, forwards_per_step
 from zotuner.errors import ZotunerError
-from zotuner.files import is_run
+from zotuner.files import is_run, is_vacant
 from zotuner.progress import stdout
 from zotuner.report import plot, table
 from zotuner.tuner import Tuner
@@ -18,6 +18,14 @@ MODEL, TASK = "smollm2-135m-instruct", "demo-sentiment"
 NUM_PERTURBATIONS = 8  # of FZOO
 # Each method's best of the grid on SST-2 (docs/results.md)
 RUNS = {"mezo": 4e-5, "fzoo": 4e-3, "zo-finetuner": 4e-5}
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds a run that a demo made."""
+    if not is_run(folder):
+        return False
+    config = FinetuneConfig.read(folder / "config.yaml", {})
+    return (config.model, config.task, config.method) == (MODEL, TASK, folder.name) and folder.name in RUNS
 
 
 def demo(out: Path, tuner: str, forwards: int) -> None:
@@ -32,7 +40,7 @@ def demo(out: Path, tuner: str, forwards: int) -> None:
         ZotunerError: A run failed, or the tuner is missing.
     """
     tasks = Tuner.from_pretrained(tuner).info.tasks
-    if out.exists() and (not out.is_dir() or any(p.is_dir() and not is_run(p) for p in out.iterdir())):
+    if not is_vacant(out, "runs") and not all(_is_ours(path) for path in out.iterdir() if path.is_dir()):
         raise ZotunerError(f"{out}: expected a new folder or an earlier demo's; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     runs = []

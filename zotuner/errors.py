@@ -29,5 +29,6 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says first: the rest is for those who work on the library."""
-    return str(error).strip().split("\n")[0]
+    """What a library's error says first, with a heading the line below it: the rest is for those who work on it."""
+    first, *rest = (line.strip() for line in str(error).strip().split("\n"))
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first

@@ -84,12 +84,12 @@ def is_vacant(out: Path, what: str) -> bool:
 def locked(out: Path) -> Iterator[None]:
     """The folder of a run belongs to this process for a while; the system ends the claim of a process that dies.
 
-    A folder that was made for it goes again, if nothing came into it.
+    Folders that were made for it go again, if nothing came into them.
 
     Raises:
         ZotunerError: Another process writes to it, or it cannot be written.
     """
-    made = not out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / LOCK)
@@ -105,8 +105,10 @@ def locked(out: Path) -> Iterator[None]:
         (out / OWNER).unlink(missing_ok=True)
         (out / LOCK).unlink(missing_ok=True)
         lock.release()
-        if made and not any(out.iterdir()):
-            out.rmdir()
+        for folder in made:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
 
 
 def _owner(out: Path) -> str:

@@ -197,8 +197,8 @@ def _run(
 
 def _tidy(out: Path) -> None:
     """Removes what a run keeps for the time of it."""
-    for name in (BEST, ZERO_SHOT):
-        (out / name).unlink(missing_ok=True)
+    for path in (out / BEST, out / ZERO_SHOT, *out.glob("*.part")):  # the last: of a process that was killed
+        path.unlink(missing_ok=True)
     drop_all(out)
 
 

@@ -57,6 +57,9 @@ def pull(name: str, out: Path, *, revision: str | None = None, overwrite: bool =
         ZotunerError: No such tuner, or a damaged one; the folder holds something else.
     """
     check_tuner_out(out, overwrite)
+    others = sorted({path.name for path in out.iterdir()} - {WEIGHTS, DESCRIPTION, CARD}) if out.is_dir() else []
+    if others:
+        raise ZotunerError(f"{out}: holds more than a tuner ({others[0]}), which would be lost; choose another --out")
     folder, source = locate(name, revision)
     tuner = Tuner.from_pretrained(folder)
     try:

@@ -25,7 +25,7 @@ from zotuner.progress import Display, peak_rss_bytes
 from zotuner.signals import Requests
 from zotuner.snapshot import drop_all, drop_unfinished, latest, take, under
 from zotuner.tasks import Example, Splits, digest, get_task
-from zotuner.trajectory import START, Point, Recorded, Walk
+from zotuner.trajectory import Point, Recorded, Walk, tidy
 from zotuner.tuner import Tuner
 from zotuner.visit import Loss, Visit
 
@@ -53,7 +53,7 @@ def meta_train(config: MetaTrainConfig, display: Display, *, resume: bool = Fals
     if resume and (config.out / SUMMARY).exists():
         display.say(f"{config.out}: this run is finished")
         with locked(config.out):
-            (config.out / TRAJECTORY / START).unlink(missing_ok=True)
+            tidy(config.out / TRAJECTORY)
             drop_all(config.out)
         return Tuner.from_pretrained(config.out)
     if not resume:

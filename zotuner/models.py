@@ -58,12 +58,19 @@ def load_model(
     try:
         auto: Any = AutoModelForMaskedLM if _saved_as(source) == "masked" else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, report = auto.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise ZotunerError(f"{name}: cannot be loaded as a language model: {first_line(error)}") from None
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ZotunerError(f"{name}: expected all weights of a language model, but {missing} are missing")
+    if report["mismatched_keys"]:
+        key, came, wanted = min(report["mismatched_keys"])
+        raise ZotunerError(
+            f"{name}: key {key}: expected weights {tuple(wanted)}, as its configuration says, got {tuple(came)}"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
@@ -77,7 +84,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source = _source(str(name))
+    source = _source(_base(name))
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -90,8 +97,21 @@ def kind_of(model: Any) -> Kind:
 
 
 def kind_saved(name: str | Path) -> Kind:
-    """The same of a model that is not loaded."""
-    return _saved_as(_source(str(name)))
+    """The same of a model that is not loaded.
+
+    Raises:
+        ZotunerError: There is no such model, or its configuration cannot be read.
+    """
+    source = _source(_base(name))
+    try:
+        return _saved_as(source)
+    except (OSError, ValueError) as error:
+        raise ZotunerError(f"{name}: has no configuration that can be loaded: {first_line(error)}") from None
+
+
+def _base(name: str | Path) -> str:
+    """The model itself, or that which a folder's adapter is for."""
+    return base_of(Path(name)) if (Path(name) / ADAPTER_CONFIG).is_file() else str(name)
 
 
 def _saved_as(source: str) -> Kind:

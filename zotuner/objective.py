@@ -287,11 +287,14 @@ def objective_for(
         **options: As of `Objective`.
 
     Raises:
-        ZotunerError: The task has no such metric, or it is none of single answers; or there is no such function.
+        ZotunerError: The task has no such metric, or it is none of single answers; or there is no such function; or
+            virtual tokens take all that the model reads.
     """
     options["kind"] = kind_of(model)
-    limit = max_positions(model, tokenizer)
-    options["max_length"] = max_length if limit is None else min(max_length, limit - virtual_tokens(model))
+    limit, virtual = max_positions(model, tokenizer), virtual_tokens(model)
+    if limit is not None and limit - virtual < 2:
+        raise ZotunerError(f"--adapter-tokens {virtual} leaves no room in the {limit} tokens that the model reads")
+    options["max_length"] = max_length if limit is None else min(max_length, limit - virtual)
     if reward is None:
         return Objective(task, tokenizer, **options)
     return Reward(task, tokenizer, _score(task, reward), **options)

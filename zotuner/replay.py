@@ -180,10 +180,14 @@ def export(recorded: Recorded, out: Path) -> str:
     if out.suffix != SUFFIX:
         raise ZotunerError(f"--out: expected a name that ends in {SUFFIX}, got {out}")
     named = {key: None if recorded.raw[key] is None else known_as(recorded.raw[key]) for key in ("model", "tuner")}
+    config = recorded.raw["config"]
+    own = {"task": Path(config["task"]).name}
+    if config.get("objective"):
+        own["objective"] = Path(config["objective"]).name
     header = {
         **recorded.raw,
         **named,
-        "config": {**recorded.raw["config"], **named, "task": Path(recorded.raw["config"]["task"]).name},
+        "config": {**config, **named, **own},
         "final": recorded.final.model_dump(),
     }
     records = recorded.records[: recorded.final.step]

@@ -42,6 +42,7 @@ BEST = "best.safetensors"  # the best weights so far, for the time of a run
 LEDGER, METRICS, EVALS, SCALES = "ledger.bin", "metrics.jsonl", "evals.jsonl", "scales.jsonl"
 SECONDS_DIGITS = 4  # that rows keep
 SCALES_ROWS = 100  # about so many of a run's steps leave their scales
+SCALES_BITS = 6  # where tokens or seconds end a run: all of the first 64 steps, then 32 before their number has doubled
 
 Evaluated = Callable[[Sequence[Example], str, str], Evaluation]  # (examples, title, how far)
 SAME = {  # of a ledger's header: what a run that goes on must have in common with its beginning
@@ -117,7 +118,9 @@ class Training:
         self._restore()
         reached = max(self.totals.steps, len(self._records))
         self._rows = keep_rows(config.out / METRICS, lambda row: row["step"] < reached)
-        self._scales = keep_rows(config.out / SCALES, lambda row: row.get("step", 0) < reached)
+        kept = keep_rows(config.out / SCALES, lambda row: row.get("step", 0) < reached)
+        self._blocks_named = bool(kept)
+        self._scales_upto = kept[-1].get("step", -1) if kept else -1  # the last step whose scales are there
         self._dev = _Dev(config, setup, evaluated, self.totals, display, reached)
 
     def run(self) -> tuple[Progressed, dict[str, Any]]:
@@ -195,15 +198,20 @@ class Training:
                 coefficients=taken.coefficients,
                 **{name: True for name, is_so in marks.items() if is_so},
             )
-        every = -(-self._config.steps // SCALES_ROWS)
-        if taken.scales is not None and number % every == 0 and 1 + number // every >= len(self._scales):
+        if taken.scales is not None and number % self._scales_every(number) == 0 and number > self._scales_upto:
             assert isinstance(self._stepper, ZOStepper)
             with MetricsLog(self._config.out / SCALES) as rows:
-                if not self._scales:
+                if not self._blocks_named:
                     rows.write(blocks=[block.name for block in self._stepper.optimizer.blocks])
-                    self._scales.append({})
+                    self._blocks_named = True
                 rows.write(step=number, scales=[float(f"{scale:.5g}") for scale in taken.scales.tolist()])
-                self._scales.append({})
+                self._scales_upto = number
+
+    def _scales_every(self, number: int) -> int:
+        """Steps between rows of scales: the same over a run whose steps are known, else more and more."""
+        if self._config.max_tokens is None and self._config.max_seconds is None:
+            return -(-self._config.steps // SCALES_ROWS)
+        return 1 << max(0, number.bit_length() - SCALES_BITS)
 
     def _status(self, taken: Taken) -> str:
         skipped = f"  skipped {self.totals.skipped}" if self.totals.skipped else ""

@@ -57,6 +57,12 @@ def first_order(name: Literal["adam", "sgd"], model: nn.Module, lr: float) -> to
     return torch.optim.SGD(params, lr=lr, momentum=MOMENTUM, fused=True)
 
 
+def tidy(folder: Path) -> None:
+    """Removes what a walk that is over leaves: its starting weights, and files of a process that was killed."""
+    for path in (folder / START, *folder.glob("*.part")):
+        path.unlink(missing_ok=True)
+
+
 def step_if_finite(optimizer: torch.optim.Optimizer, loss: float) -> bool:
     """Takes a step, unless the loss or a gradient is not finite: that would be in every weight from then on.
 
@@ -123,7 +129,7 @@ class Walk:
 
     def close(self) -> None:
         """The walk is over for good: its starting weights go."""
-        (self._folder / START).unlink(missing_ok=True)
+        tidy(self._folder)
 
     def state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """What the next step stands on, beside the weights: the optimizer's tensors, and its options and numbers."""

@@ -154,5 +154,7 @@ def _check_files(out: Path | None, plot_to: Path | None) -> None:
     for path in (out, plot_to):
         if path is not None and not path.absolute().parent.is_dir():
             raise ZotunerError(f"{path}: there is no folder {path.parent} to write to")
+        if path is not None and path.is_dir():
+            raise ZotunerError(f"{path}: expected a file to write to, found a folder")
     if plot_to is not None and plot_to.suffix != ".png":
         raise ZotunerError(f"--plot: expected a name that ends in .png, got {plot_to}")

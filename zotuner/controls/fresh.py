@@ -1,6 +1,5 @@
 """Controls that know nothing of a task: PertNNs at their random start, and a scale by hand for each type of block."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +13,8 @@ from zotuner.controls.setting import about_model
 from zotuner.errors import ZotunerError, unknown
 from zotuner.models import load_model
 from zotuner.tuner import Tuner
+
+LARGEST = 1e6  # scale by hand; only ratios of scales count
 
 
 def untrained(model: str, architecture: Literal["abs", "exp"], seed: int) -> Tuner:
@@ -69,7 +70,9 @@ def of_types(blocks: Sequence[Block], chosen: Mapping[str, float]) -> Tensor:
     for name, value in chosen.items():
         if name not in types:
             raise ZotunerError(f"--by-type: {unknown('type of block', name, types)}")
-        if not math.isfinite(value) or value < 0:
-            raise ZotunerError(f"--by-type {name}: expected a finite scale that is not negative, got {value}")
+        if not 0 <= value <= LARGEST:
+            raise ZotunerError(
+                f"--by-type {name}: expected a finite scale that is not negative, at most {LARGEST:g}, got {value:g}"
+            )
         sigma[types[name]] = value
     return sigma

@@ -75,7 +75,8 @@ def scales_of(found: Statistics, blocks: Sequence[Block], statistic: STATISTIC, 
     if statistic == "gradient-curvature":
         assert found.curvature is not None
         ratio /= _raised("curvature", found.curvature, numels, types)
-    return normalize(torch.from_numpy(ratio ** (power / 2)), torch.from_numpy(numels))
+    logs = power / 2 * np.log(ratio)
+    return normalize(torch.from_numpy(np.exp(logs - logs.max())), torch.from_numpy(numels))
 
 
 def _raised(what: str, estimate: Estimate, numels: Floats, types: Sequence[Sequence[int]]) -> Floats:

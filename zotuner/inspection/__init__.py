@@ -64,6 +64,8 @@ def inspect_tuner(
     console.print(heat_map(found))
     console.print(sigma_table(found))
     spread = f"spread over blocks (std of log {found.name}): {found.spread:.4f}"
+    if found.silent:
+        spread += f", without the {found.silent} blocks that have no noise"
     if isinstance(tuner.bank, PertNNBank):
         console.print(tensors_table(tensors(tuner)))
         spread += f"; {spread_of_fresh(tuner, base)}"

@@ -25,7 +25,7 @@ def draw(title: str, found: Sigmas, run: Run | None) -> "Figure":
     values = np.full((len(rows), depth), np.nan)
     for at, row in enumerate(rows.values()):
         values[at, : len(row)] = row
-    logs = np.ma.masked_invalid(np.log2(np.maximum(values, 1e-30)))
+    logs = np.ma.masked_invalid(np.log2(np.where(values > 0, values, np.nan)))  # white: no noise, or no block
     limit = max(0.01, float(np.abs(logs).max()))
     mesh = grid[0].pcolormesh(logs, cmap="RdBu_r", vmin=-limit, vmax=limit)
     grid[0].set_yticks(np.arange(len(rows)) + 0.5, list(rows), fontsize=7)

@@ -60,8 +60,7 @@ def tensors(tuner: Tuner) -> list[Weights]:
     seed = tuner.info.config.get("seed")
     fresh = PertNNBank(len(tuner.info.blocks), tuner.info.architecture, seed=seed) if type(seed) is int else None
     began = {} if fresh is None else dict(fresh.named_parameters())
-    bands = tuner.info.config.get("bands")
-    learned, _ = alike(tuner.block_names, bands if type(bands) is int and bands > 0 else None)
+    learned, _ = _shared(tuner)
     found = []
     for name, whole in tuner.bank.named_parameters():
         w = whole.detach()[learned].double()
@@ -85,14 +84,19 @@ def tensors(tuner: Tuner) -> list[Weights]:
     return found
 
 
+def _shared(tuner: Tuner) -> tuple[list[int], list[int]]:
+    """The block that each net was made for, and the net of each block."""
+    bands = tuner.info.config.get("bands")
+    return alike(tuner.block_names, bands if type(bands) is int and bands > 0 else None)
+
+
 def spread_of_fresh(tuner: Tuner, model: Any = None) -> str:
     """What `Sigmas.spread` is of fresh nets for the same blocks, over a few seeds."""
-    spreads = torch.tensor(
-        [
-            sigmas(
-                Tuner(tuner.info, PertNNBank(len(tuner.info.blocks), tuner.info.architecture, seed=seed)), model
-            ).spread
-            for seed in range(SEEDS)
-        ]
-    )
+    firsts, of_block = _shared(tuner)
+
+    def fresh(seed: int) -> Tuner:
+        bank = PertNNBank(len(tuner.info.blocks), tuner.info.architecture, seed=seed)
+        return Tuner(tuner.info, bank.chosen(firsts).chosen(of_block))
+
+    spreads = torch.tensor([sigmas(fresh(seed), model).spread for seed in range(SEEDS)])
     return f"of fresh nets, {SEEDS} seeds: {spreads.mean():.4f} +- {spreads.std():.4f}"

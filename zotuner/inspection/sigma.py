@@ -42,8 +42,13 @@ class Sigmas:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over blocks of the logarithm at the first step."""
-        return float(_log(self.first).std())
+        """Standard deviation over blocks of the logarithm at the first step; of those that have any noise."""
+        return float(np.log(self.first[self.first > 0]).std())
+
+    @property
+    def silent(self) -> int:
+        """How many blocks have no noise there."""
+        return int((self.first == 0).sum())
 
     def by_layer(self) -> dict[str, Array]:
         """From a type of block to (layers,) geometric means at the first step; NaN in a layer without; types without
@@ -57,7 +62,7 @@ class Sigmas:
             for place in range(len(row)):
                 mine = [m for m in members if max(layers[m], 0) == place]
                 if mine:
-                    row[place] = np.exp(_log(self.first[mine]).mean())
+                    row[place] = geometric_mean(self.first[mine])
             rows[label] = row
         return rows
 
@@ -72,6 +77,7 @@ class Comparison:
         theirs: (n,) of the second.
         correlation: Of the logarithms; None where one of the two has the same scale everywhere.
         left_out: How many blocks one of them alone knows.
+        silent: How many common blocks have no noise under one of them; they are left out, too.
     """
 
     blocks: tuple[str, ...]
@@ -79,11 +85,12 @@ class Comparison:
     theirs: Array
     correlation: float | None
     left_out: int
+    silent: int = 0
 
     @property
     def log_ratio(self) -> Array:
         """(n,) log of ours over theirs."""
-        return _log(self.ours) - _log(self.theirs)
+        return np.log(self.ours / self.theirs)
 
     @property
     def summary(self) -> str:
@@ -91,6 +98,7 @@ class Comparison:
         alike = "not defined: one of the two has the same scale in every block"
         shown = alike if self.correlation is None else f"{self.correlation:.4f}"
         apart = f", {self.left_out} blocks that one alone knows left out" if self.left_out else ""
+        apart += f", {self.silent} that one gives no noise left out" if self.silent else ""
         return f"correlation of log sigma over {len(self.blocks)} common blocks{apart}: {shown}"
 
 
@@ -145,26 +153,25 @@ def compare(ours: Sigmas, theirs: Sigmas) -> Comparison:
     """Two tuners, side by side.
 
     Raises:
-        ZotunerError: They have no block in common.
+        ZotunerError: They have no block in common, or none that both give any noise.
     """
     places = {name: i for i, name in enumerate(theirs.blocks)}
     common = [(i, places[name]) for i, name in enumerate(ours.blocks) if name in places]
     if not common:
         raise ZotunerError(f"the tuners have no block in common: {ours.blocks[0]}, ... and {theirs.blocks[0]}, ...")
-    mine, other = (list(side) for side in zip(*common, strict=True))
+    heard = [(i, j) for i, j in common if ours.first[i] > 0 and theirs.first[j] > 0]
+    if not heard:
+        raise ZotunerError("the tuners have no block in common that both give any noise")
+    mine, other = (list(side) for side in zip(*heard, strict=True))
     a, b = ours.first[mine], theirs.first[other]
-    constant = min(_log(a).std(), _log(b).std()) < 1e-6  # what float32 leaves of scales that are all 1
-    correlation = None if constant else float(np.corrcoef(_log(a), _log(b))[0, 1])
+    constant = min(np.log(a).std(), np.log(b).std()) < 1e-6  # what float32 leaves of scales that are all 1
+    correlation = None if constant else float(np.corrcoef(np.log(a), np.log(b))[0, 1])
     left_out = len(ours.blocks) + len(theirs.blocks) - 2 * len(common)
-    return Comparison(tuple(ours.blocks[i] for i in mine), a, b, correlation, left_out)
-
-
-def _log(values: Array) -> Array:
-    """With a floor: a net of the "abs" architecture may answer 0."""
-    result: Array = np.log(np.maximum(values, np.finfo(np.float64).tiny))
-    return result
+    blocks = tuple(ours.blocks[i] for i in mine)
+    return Comparison(blocks, a, b, correlation, left_out, len(common) - len(heard))
 
 
 def geometric_mean(values: Array | Sequence[float]) -> float:
-    """exp of the mean of logs."""
-    return float(np.exp(_log(np.asarray(values, float)).mean()))
+    """exp of the mean of logs, of those above 0; 0 where none is."""
+    values = np.asarray(values, float)
+    return float(np.exp(np.log(values[values > 0]).mean())) if (values > 0).any() else 0.0

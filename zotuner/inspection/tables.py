@@ -21,13 +21,18 @@ COLD, WARM = (59, 76, 192), (180, 4, 38)  # the ends of the colours, as in the f
 
 
 def heat_map(found: Sigmas) -> Text:
-    """A row a type of block, a digit a layer: 0 is the smallest scale, 9 the largest, in equal steps of the log."""
+    """A row a type of block, a digit a layer: 0 is the smallest scale, 9 the largest, in equal steps of the log.
+
+    A dot stands for layers without any noise.
+    """
     rows = found.by_layer()
-    low, high = (float(f([f(row[~np.isnan(row)]) for row in rows.values()])) for f in (np.min, np.max))
+    noisy = np.concatenate([row[row > 0] for row in rows.values()])
+    low, high = float(noisy.min()), float(noisy.max())
     depth = max(len(row) for row in rows.values())
     share = -(-depth // MOST_CELLS)
     layers = f"{share} layers a digit" if share > 1 else "a digit a layer"
-    out = Text(f"0 is {low:.3f}, 9 is {high:.3f}; {layers}, first to last\n")
+    dots = ", a dot is none" if found.silent else ""
+    out = Text(f"0 is {low:.3f}, 9 is {high:.3f}{dots}; {layers}, first to last\n")
     for label, row in rows.items():
         out.append(f"{_short(label):<{LABEL}} ")
         for start in range(0, len(row), share):
@@ -39,7 +44,9 @@ def heat_map(found: Sigmas) -> Text:
 
 
 def _cell(value: float, low: float, high: float) -> tuple[str, Style]:
-    where = (math.log(max(value, 1e-30)) - math.log(max(low, 1e-30))) / max(1e-9, math.log(high / max(low, 1e-30)))
+    if value == 0:
+        return ".", Style()
+    where = math.log(value / low) / max(1e-9, math.log(high / low))
     where = min(1.0, max(0.0, where))
     red, green, blue = (round(255 + (end - 255) * abs(2 * where - 1)) for end in (WARM if where > 0.5 else COLD))
     dark = abs(2 * where - 1) > 0.6

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from zotuner.errors import ZotunerError, first_line
-from zotuner.metrics import read_rows
+from zotuner.metrics import ASIDE, read_rows
 from zotuner.tasks.scores import Example, Mean, Metric, right
 from zotuner.tasks.tables import read_table
 
@@ -45,7 +45,7 @@ class Task(ABC):
         labels: Number of classes.
         loss: "classification" over the candidates, or "language-modelling" of the right one, for causal models; masked
             ones always classify.
-        metrics: By name; the first is the one to look at.
+        metrics: By name; the first is the one to look at. Each is a function of (all answers, their examples).
         generates: The answer is text that the model generates, not one of several candidates.
         max_new_tokens: Tokens that are generated at most.
         stop: Text at which a generated answer ends.
@@ -257,6 +257,15 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator
         for start in range(0, len(order), batch_size):
             yield [examples[i] for i in order[start : start + batch_size]]
         epoch += 1
+
+
+def check_metrics(where: str, names: Sequence[str]) -> None:
+    """Raises a ZotunerError where a metric's name is that of something else that a run writes, or stands twice."""
+    for name in names:
+        if name == "loss" or name in ASIDE:
+            raise ZotunerError(f"{where}: a metric cannot be called {name!r}, as what a run writes beside it is")
+        if list(names).count(name) > 1:
+            raise ZotunerError(f"{where}: expected metrics of different names, got {name!r} twice")
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -8,14 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import isclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import get_args
 
 from zotuner.errors import ZotunerError, unknown
-from zotuner.tasks.base import Loss, Row, Task
-from zotuner.tasks.scores import Example, Score
+from zotuner.tasks.base import Loss, Row, Task, check_metrics
+from zotuner.tasks.scores import Example, Mean, Score
 
 REQUIRED = ("name", "fields", "loss")  # of a class; and `example` or `masked`
+ATTRIBUTES = {
+    **dict.fromkeys(("name", "label_field", "stop", "dev_split", "test_split"), str),
+    **dict.fromkeys(("fields", "sources", "metrics"), dict),
+    **dict.fromkeys(("labels", "dev_size", "max_new_tokens"), int),
+    "generates": bool,
+}
 METHODS = ("example", "masked", "label", "rows")
 
 
@@ -41,6 +47,12 @@ def class_of(file: Path) -> type[Task]:
         raise ZotunerError(f"{file}: class {task.__name__} has no method example(row) that returns a zotuner.Example")
     if task.loss not in get_args(Loss):
         raise ZotunerError(f"{file}: class {task.__name__}: {unknown('loss', str(task.loss), get_args(Loss))}")
+    _check_attributes(f"{file}: class {task.__name__}", task)
+    blaming = _blaming(file)
+    task.metrics = {
+        name: Mean(blaming(metric.score)) if isinstance(metric, Mean) else blaming(metric)
+        for name, metric in task.metrics.items()
+    }
     for name in METHODS:
         if name in vars(task):
             setattr(task, name, _blaming(file)(vars(task)[name]))
@@ -49,6 +61,20 @@ def class_of(file: Path) -> type[Task]:
             setattr(task, name, _checked(file, getattr(task, name)))
     task.folder = file.parent
     return task
+
+
+def _check_attributes(where: str, task: type[Task]) -> None:
+    """Raises a ZotunerError where an attribute is of another type than `Task` says."""
+    for name, kind in ATTRIBUTES.items():
+        if not isinstance(value := getattr(task, name), kind):
+            raise ZotunerError(f"{where}: {name}: expected {kind.__name__}, got {value!r}")
+    for name, field in task.fields.items():
+        if not isinstance(field, type | UnionType):
+            raise ZotunerError(f"{where}: fields: expected a type for {name!r}, such as str, got {field!r}")
+    for name, metric in task.metrics.items():
+        if not callable(metric):
+            raise ZotunerError(f"{where}: metrics: expected a function for {name!r}, got {metric!r}")
+    check_metrics(f"{where}: metrics", list(task.metrics))
 
 
 def load_score(file: Path, name: str) -> Score:

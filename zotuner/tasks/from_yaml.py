@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from zotuner.config import read_yaml
 from zotuner.errors import ZotunerError, unknown
-from zotuner.tasks.base import Row, Task
+from zotuner.tasks.base import Row, Task, check_metrics
 from zotuner.tasks.from_python import load_score
 from zotuner.tasks.metrics import METRICS
 from zotuner.tasks.scores import Example, Mean, Metric
@@ -182,6 +182,8 @@ def described_task(file: Path) -> type[Task]:
         described = Description.model_validate(defaults | stated)
     except ValidationError as error:
         raise ZotunerError(f"{file}: {_explain(error)}") from None
+    metrics = [name.rpartition(":")[2] for name in _metrics(described)]
+    check_metrics(f"{file}: metric", metrics)
     splits = {name: getattr(described, name) for name in ("train", "validation", "test") if getattr(described, name)}
     test = next(name for name in ("test", "validation", "train") if name in splits)
     attributes = {
@@ -196,7 +198,9 @@ def described_task(file: Path) -> type[Task]:
         "folder": file.parent,
         "fields": {},
         "loss": described.loss or ("language-modelling" if described.answer is not None else "classification"),
-        "metrics": {name.rpartition(":")[2]: _metric(name, described, file) for name in _metrics(described)},
+        "metrics": {
+            short: _metric(name, described, file) for short, name in zip(metrics, _metrics(described), strict=True)
+        },
         "generates": described.answer is not None,
         "max_new_tokens": described.max_new_tokens,
         "stop": described.stop,
