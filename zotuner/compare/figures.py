@@ -6,33 +6,19 @@ What a run delivers is its best evaluation on dev; that loss chooses the lr, and
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Literal
 
+from zotuner.compare.paired import Ahead, ahead, gap, incomparable, training
 from zotuner.compare.spec import Budget, Comparison, Unit
+from zotuner.compare.spread import Spread, or_nan, spread
 from zotuner.compare.state import Point, Status
 from zotuner.metrics import standard_error
 
 Edge = Literal["", "lowest", "highest", "only"]
-PARTS = 10  # that a run's steps are cut into, where their losses are shown over the run
-DRAWS = ("train_size", "dev_size", "eval_size", "k_shot", "data_dir")  # options that decide which examples a seed draws
-SEES = ("batch_size", "max_length", "chat")  # and what is seen of them in a step
 SHARES = ("accuracy", "em")  # metrics that are a share of the examples
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Values over seeds: their mean, their standard deviation (n - 1; None for one seed), how many.
-
-    `error`: standard error of one run's value over its n examples, of a share p sqrt(p (1 - p) / n); None: not known.
-    """
-
-    mean: float
-    std: float | None
-    count: int
-    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,15 +36,6 @@ class Reach:
 
     share: float
     at_least: bool
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """Whether the means over common seeds are better than the baseline's; None: not known, or not of the same kind."""
-
-    dev: bool | None
-    test: bool | None
-    metric: bool | None
 
 
 @dataclass(frozen=True)
@@ -215,11 +192,11 @@ def _row(
     summaries = [status.summary for status in mine.values()]
     names = [name for name in summaries[0]["final"] if name != "loss"]
     examples = min(summary["examples"]["test"] for summary in summaries)
-    incomparable = _incomparable(mine, base, spec.baseline)
-    comparable = {} if incomparable else base
+    why_not = incomparable(mine, base, spec.baseline)
+    comparable = {} if why_not else base
     reach, speedup = _reach(mine, comparable, spec.budget_of(task))
     other = comparable if method != spec.baseline else {}
-    steps = [] if not other or _different(mine, other, SEES) else _differences(mine, other, _of_steps)
+    whole, parts = training(mine, other)
     return Row(
         task,
         method,
@@ -232,122 +209,21 @@ def _row(
             [status.best_error for status in mine.values()],
         ),
         spread(
-            [_or_nan(summary["final"]["loss"]) for summary in summaries],
+            [or_nan(summary["final"]["loss"]) for summary in summaries],
             [standard_error(status.test_losses) for status in mine.values()],
         ),
-        _mean(_differences(mine, other, _of_examples)),
-        spread([fmean(each) for each in steps], [_error_of_parts(each) for each in steps]),
-        _parts(steps),
-        _ahead(mine, base) if method != spec.baseline else None,
-        incomparable,
-        {name: _metric(name, [_or_nan(s["final"][name]) for s in summaries], examples) for name in names},
+        gap(mine, other),
+        whole,
+        parts,
+        ahead(mine, base) if method != spec.baseline else None,
+        why_not,
+        {name: _metric(name, [or_nan(s["final"][name]) for s in summaries], examples) for name in names},
         reach,
         speedup,
         max(summary["peak_rss_bytes"] for summary in summaries),
         fmean(summary["seconds"] for summary in summaries),
         {seed: mine[seed].curve for seed in sorted(mine)},
     )
-
-
-def _incomparable(mine: Mapping[int, Status], base: Mapping[int, Status], baseline: str) -> str:
-    """Why their losses are not compared, in the words of a remark; empty if they are."""
-    if not mine or not base:
-        return ""
-    different = _different(mine, base, DRAWS)
-    if different:
-        return f"draws other examples than {baseline}, by its {' and '.join(different)}"
-    if _different(mine, base, ("objective",)):
-        return f"has another objective than {baseline}, so that their losses are of two kinds"
-    return ""
-
-
-def _different(mine: Mapping[int, Status], base: Mapping[int, Status], keys: Sequence[str]) -> list[str]:
-    """Those options that the runs of both have otherwise."""
-    ours, theirs = (next(iter(runs.values())).planned.config for runs in (mine, base))
-    return [key for key in keys if getattr(ours, key) != getattr(theirs, key)]
-
-
-def _ahead(mine: Mapping[int, Status], base: Mapping[int, Status]) -> Ahead | None:
-    """By the seeds that both have, each of which draws its own examples; None: there is none, or it draws others."""
-    seeds = sorted(set(mine) & set(base))
-    if not seeds or _different(mine, base, DRAWS):
-        return None
-
-    def lower(of: Callable[[Status], float | None]) -> bool | None:
-        ours, theirs = ([of(runs[seed]) for seed in seeds] for runs in (mine, base))
-        known = [x for x in ours if x is not None], [x for x in theirs if x is not None]
-        if min(map(len, known)) < len(seeds):
-            return None
-        return _mean_of(known[0]) < _mean_of(known[1])
-
-    same = not _different(mine, base, ("objective",))
-    name = next((name for name in mine[seeds[0]].summary["final"] if name != "loss"), None)
-    return Ahead(
-        lower(lambda status: status.best) if same else None,
-        lower(lambda status: _or_nan(status.summary["final"]["loss"])) if same else None,
-        None if name is None else lower(lambda status: -_or_nan(status.summary["final"].get(name))),
-    )
-
-
-def _mean_of(values: Sequence[float]) -> float:
-    return fmean(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _differences(
-    mine: Mapping[int, Status], base: Mapping[int, Status], of: Callable[[Status, Status], list[float]]
-) -> list[list[float]]:
-    """Of each seed that has any: the same seed draws the same test examples, and the same batches."""
-    found = [of(mine[seed], base[seed]) for seed in sorted(set(mine) & set(base))]
-    return [each for each in found if each]
-
-
-def _mean(differences: Sequence[Sequence[float]]) -> Spread | None:
-    return spread([fmean(each) for each in differences], [standard_error(each) for each in differences])
-
-
-def _parts(differences: Sequence[Sequence[float]]) -> tuple[Spread, ...]:
-    if min(map(len, differences), default=0) < PARTS:
-        return ()
-    cut = zip(*map(_cut, differences), strict=True)
-    return tuple(part for part in map(_mean, cut) if part)
-
-
-def _cut(values: Sequence[float]) -> list[Sequence[float]]:
-    """In PARTS parts, or one for each value where there are fewer."""
-    parts = min(PARTS, len(values))
-    return [values[len(values) * k // parts : len(values) * (k + 1) // parts] for k in range(parts)]
-
-
-def _error_of_parts(values: Sequence[float]) -> float:
-    return standard_error([fmean(part) for part in _cut(values)])
-
-
-def _of_examples(mine: Status, base: Status) -> list[float]:
-    ours, theirs = mine.test_losses, base.test_losses
-    return [own - other for own, other in zip(ours, theirs, strict=True)] if len(ours) == len(theirs) else []
-
-
-def _of_steps(mine: Status, base: Status) -> list[float]:
-    """Nothing where steps evaluated their batch another number of times; those that failed are left out."""
-    ours, theirs = mine.step_losses, base.step_losses
-    if [*map(len, ours)] != [*map(len, theirs)]:
-        return []
-    differences = [fmean(own) - fmean(other) for own, other in zip(ours, theirs, strict=True)]
-    return [each for each in differences if math.isfinite(each)]
-
-
-def spread(values: Sequence[float], errors: Sequence[float] = ()) -> Spread | None:
-    """Mean and standard deviation, and the mean of the runs' own errors where all are known; None for no value."""
-    if not values:
-        return None
-    finite = all(map(math.isfinite, values))
-    std = (stdev(values) if finite else math.nan) if len(values) > 1 else None
-    error = fmean(errors) if errors and all(map(math.isfinite, errors)) else None
-    return Spread(fmean(values) if finite else math.nan, std, len(values), error)
 
 
 def _metric(name: str, values: Sequence[float], examples: int) -> Spread:
@@ -387,15 +263,15 @@ def _reach(mine: Mapping[int, Status], base: Mapping[int, Status], budget: Budge
 
 def _standing(method: str, spec: Comparison, by: Mapping[tuple[str, str], Row]) -> Standing:
     rows = [by[task.task, method] for task in spec.tasks]
-    ahead = [row.ahead for row in rows if row.ahead]
+    outcomes = [row.ahead for row in rows if row.ahead]
     factors = [(row.speedup, row.reach) for row in rows if row.speedup and row.reach]
     logs = [math.log(factor) for factor, _ in factors]
     return Standing(
         method,
-        _wins(each.dev for each in ahead),
+        _wins(each.dev for each in outcomes),
         _wins(row.training.mean < 0 if row.training else None for row in rows),
-        _wins(each.test for each in ahead),
-        _wins(each.metric for each in ahead),
+        _wins(each.test for each in outcomes),
+        _wins(each.metric for each in outcomes),
         math.exp(fmean(logs)) if logs else None,
         len(logs),
         any(reach.at_least for _, reach in factors),

@@ -7,8 +7,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from zotuner.compare.figures import Edge, Row, Spread, Standing
+from zotuner.compare.figures import Edge, Row, Standing
 from zotuner.compare.spec import Comparison
+from zotuner.compare.spread import Spread
 from zotuner.compare.state import Status
 from zotuner.config import FIRST_ORDER
 from zotuner.report import new_table
