@@ -176,6 +176,16 @@ def test_a_task_may_have_a_budget_of_its_own(tmp_path: Path) -> None:
     assert (spec.budgets, str(spec.budget_of("copa"))) == ("40 to 100 forwards", "40 forwards")
 
 
+def test_a_task_of_ones_own_may_lie_in_another_folder_and_goes_by_its_files_name(tmp_path: Path) -> None:
+    source = str(Path(__file__).parent / "own" / "reviews.yaml")
+    file = yaml_file(tmp_path, tasks=["sst2", {"task": source, "budget": 50}], methods={"mezo": {}})
+    runs = [run for run in planned(file, tmp_path / "out") if run.task == "reviews.yaml"]
+    assert {run.config.task for run in runs} == {source}
+    assert {run.folder.relative_to(tmp_path / "out").parts[:2] for run in runs} == {("runs", "reviews.yaml")}
+    with pytest.raises(ZotunerError, match="expected each task once"):
+        Comparison.read(yaml_file(tmp_path, tasks=["a/reviews.yaml", "b/reviews.yaml"]))
+
+
 def test_a_task_may_have_a_factor_for_all_learning_rates(tmp_path: Path) -> None:
     methods = {"mezo": {"lr": [1e-5, 3e-5]}, "fzoo": {}, "none": {}}
     tasks = [{"task": "copa", "lr_factor": 0.1}, "sst2"]

@@ -103,7 +103,7 @@ class _Planner:
         method = self._spec.methods[name]
         options = self._data | self._spec.defaults | task.options | method.options
         evaluations = options.pop(EVALUATIONS, None)
-        options |= {"model": self._spec.model, "task": task.task, "method": method.method or name, "seed": seed}
+        options |= {"model": self._spec.model, "task": task.source, "method": method.method or name, "seed": seed}
         options |= {"out": self._out} | ({} if lr is None else {"lr": lr})
         self._check_names(task, name, options["method"], lr)
         draft, budget = self._config(options, task, name), self._spec.budget_of(task.task)
@@ -121,7 +121,7 @@ class _Planner:
         if method == "none" and lr is not None:
             raise self._error(f"methods.{name}.lr", "method none has no learning rate; leave it out")
         try:
-            get_task(task.task)
+            get_task(task.source)
         except ZotunerError as error:
             raise self._error("tasks", str(error)) from None
 

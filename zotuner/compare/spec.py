@@ -50,10 +50,12 @@ def _options(value: Any, *more: str) -> Any:
 
 
 def _task(value: Any) -> Any:
-    """`sst2` is short for `{task: sst2}`."""
+    """`sst2` is short for `{task: sst2}`; a file has its name without the folders."""
     mapping = {"task": value} if isinstance(value, str) else _options(value, *OF_A_TASK, EVALUATIONS)
     own = {"task": None} | {key: mapping[key] for key in OF_A_TASK if key in mapping}
-    return {"options": {key: item for key, item in mapping.items() if key not in own}, **own}
+    source = own["task"]
+    named = own | ({"task": Path(source).name} if isinstance(source, str) else {})
+    return {"options": {key: item for key, item in mapping.items() if key not in own}, "source": source, **named}
 
 
 def _method(value: Any) -> Any:
@@ -124,9 +126,13 @@ class Budget(_Frozen):
 
 
 class TaskEntry(_Frozen):
-    """A task, options for it, what its runs may spend, where that is not what others may, and a factor of their lr."""
+    """A task, options for it, what its runs may spend, where that is not what others may, and a factor of their lr.
+
+    `source` is what `--task` is told: the name, or the path of a file.
+    """
 
     task: Name
+    source: str
     options: Options
     budget: float | None = Field(None, gt=0, allow_inf_nan=False)
     lr_factor: float = Field(1.0, gt=0, allow_inf_nan=False)
