@@ -18,6 +18,7 @@ from zotuner.config import (
     MetaTrainConfig,
     forwards_per_step,
     read_yaml,
+    without_effect,
 )
 from zotuner.errors import ZotunerError
 
@@ -204,6 +205,25 @@ def test_an_unknown_method_suggests_the_nearest() -> None:
 def test_a_tuner_belongs_to_the_method_that_uses_it() -> None:
     assert "zo-finetuner needs --tuner" in complaint(FinetuneConfig, method="zo-finetuner")
     assert "--tuner is for method zo-finetuner, not for mezo" in complaint(FinetuneConfig, tuner="t")
+
+
+@pytest.mark.parametrize(
+    ("stated", "idle"),
+    [
+        ({"method": "mezo", "eps": 1e-2, "clip": 3, "noise": "gaussian", "train_size": 9, "dev_size": 9}, []),
+        (
+            {"method": "mezo", "momentum": 0.5, "rank": 4, "num_perturbations": 9},
+            ["num_perturbations", "rank", "momentum"],
+        ),
+        ({"method": "mezo", "rank": 4, "noise": "low-rank"}, []),
+        ({"method": "adam", "eps": 3, "clip": 1, "engine": "in-place", "lr": 1e-5}, ["eps", "engine", "clip"]),
+        ({"method": "zo-finetuner", "tuner": "t", "estimator": "one-sided", "num_perturbations": 4}, []),
+        ({"method": "hizoo", "smooth": 1e-3, "beta2": 0.9}, ["beta2"]),
+        ({"method": "mezo", "k_shot": 4, "dev_size": 9}, ["dev_size"]),
+    ],
+)
+def test_options_that_a_method_does_not_read_are_known(stated: dict[str, Any], idle: list[str]) -> None:
+    assert without_effect(finetune(**stated)) == idle
 
 
 @pytest.mark.parametrize("where", ["", "deep: "])

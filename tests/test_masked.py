@@ -200,6 +200,14 @@ def test_stated_sizes_count_for_a_masked_model_too(masked_dir: Path, tmp_path: P
     assert summary["examples"] == {"train": 8, "dev": 4, "test": 8}
 
 
+def test_an_option_without_effect_is_said(masked_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"train_size": None, "dev_size": 9, "momentum": 0.5, "steps": 1}
+    assert call("finetune", *argv_of(quick(masked_dir, tmp_path / "run", **options))) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
+    assert told == ["--momentum has no effect on method mezo", "--dev-size has no effect with --k-shot"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["examples"]["dev"] == 32
+
+
 def test_a_task_for_causal_models_alone_says_so(
     masked_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

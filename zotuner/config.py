@@ -277,6 +277,28 @@ class FinetuneConfig(Config):
             )
 
 
+def without_effect(config: FinetuneConfig) -> list[str]:
+    """Those of the stated options that a configuration's method does not read, in the order of the options.
+
+    Comparisons state options for all of their methods, so that this is no error.
+    """
+    zeroth_order, one_sided = config.method in ZEROTH_ORDER, config.method == "fzoo" or config.estimator == "one-sided"
+    low_rank, sizes = zeroth_order and config.noise == "low-rank", config.k_shot is None
+    read = {
+        **dict.fromkeys(
+            ("eps", "noise", "engine", "branch_batch", "branch_threads", "clip", "sync_every"), zeroth_order
+        ),
+        **dict.fromkeys(("rank", "factors", "resample_every"), low_rank),
+        **dict.fromkeys(("train_size", "dev_size"), sizes),
+        "num_perturbations": one_sided,
+        "momentum": config.method in ("zo-sgd-momentum", "mezo-adam"),
+        "beta2": config.method in ("mezo-adam", "meazo"),
+        "smooth": config.method == "hizoo",
+    }
+    stated = [name for name in FinetuneConfig.model_fields if name in config.model_fields_set]
+    return [name for name in stated if not read.get(name, True)]
+
+
 def forwards_per_step(config: FinetuneConfig) -> int:
     """What a step of a configuration's method costs: its losses. The backward of a first-order step is not counted."""
     if config.method == "none":

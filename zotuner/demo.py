@@ -47,7 +47,7 @@ def demo(out: Path, tuner: str, forwards: int) -> None:
     for method, lr in RUNS.items():
         runs.append(out / method)
         options: dict[str, object] = {"model": MODEL, "task": TASK, "method": method, "lr": lr, "out": out / method}
-        options |= {"noise": "rademacher", "num_perturbations": NUM_PERTURBATIONS}
+        options |= {"noise": "rademacher"} | ({"num_perturbations": NUM_PERTURBATIONS} if method == "fzoo" else {})
         options |= {"tuner": tuner} if method == "zo-finetuner" else {}
         options["steps"] = forwards // forwards_per_step(FinetuneConfig.read(None, options))
         command = [sys.executable, "-m", "zotuner", "finetune", "--overwrite"]

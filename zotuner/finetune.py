@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zotuner.adapters import adapted, adapter_of, check_tuner
-from zotuner.config import FinetuneConfig
+from zotuner.config import FinetuneConfig, without_effect
 from zotuner.errors import ZotunerError
 from zotuner.evaluate import Evaluation, evaluate
 from zotuner.files import check_out, claim_out, locked
@@ -129,6 +129,9 @@ def finetune(config: FinetuneConfig, display: Display, *, resume: bool = False) 
         config = setup.config
         stepper = stepper_for(config, setup.model, setup.tuner)
         if not resume:
+            for name in without_effect(config):
+                why = "with --k-shot" if name in ("train_size", "dev_size") else f"on method {config.method}"
+                display.say(f"--{name.replace('_', '-')} has no effect {why}")
             claim_out(config.out, config.overwrite, config.to_yaml())
         summary = _run(config, setup, stepper, display, requests)
         write_json(config.out / SUMMARY, summary)
