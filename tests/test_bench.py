@@ -173,6 +173,9 @@ def test_chosen_methods_come_with_the_forward_alone(
     [
         (["--methods", "mezo gausian"], "unknown method 'mezo gausian'; did you mean 'mezo gaussian'?"),
         (["--out", "nowhere/bench.json"], "nowhere/bench.json: there is no folder nowhere to write to"),
+        (["--pertnn", "2", "--plot", "a.png"], "--plot draws the times of the methods' steps, which --pertnn does not"),
+        (["--drift", "2", "--plot", "a.png"], "--plot draws the times of the methods' steps, which --drift does not"),
+        (["--task", "sst2", "--methods", "mezo gaussian"], "--methods chooses among the methods' steps, which --task"),
         (["--pertnn", "2", "--out", "."], ".: expected a file to write to, found a folder"),
         (["--plot", "nowhere/bench.png"], "nowhere/bench.png: there is no folder nowhere to write to"),
         (["--plot", "bench.pdf"], "--plot: expected a name that ends in .png, got bench.pdf"),

@@ -59,9 +59,16 @@ def bench(
         display: Where progress goes.
 
     Raises:
-        ZotunerError: An unknown model or method, a file that cannot be written, weights that are not finite any more.
+        ZotunerError: An unknown model or method, a file that cannot be written, options that do not go together, or
+            weights that are not finite any more.
     """
     _check_files(out, plot_to)
+    others = {"--pertnn": pertnn_blocks, "--task": task, "--drift": drift_steps}
+    instead = next((flag for flag, given in others.items() if given is not None), None)
+    if plot_to is not None and instead is not None:
+        raise ZotunerError(f"--plot draws the times of the methods' steps, which {instead} does not measure")
+    if methods is not None and instead in ("--pertnn", "--task"):
+        raise ZotunerError(f"--methods chooses among the methods' steps, which {instead} does not measure")
     if pertnn_blocks is not None:
         _bench_pertnn(pertnn_blocks, rounds, out)
         return
