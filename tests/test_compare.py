@@ -304,18 +304,18 @@ def test_the_figures_of_the_table_are_those_computed_by_hand(compared: Any) -> N
     spec = results.spec
     assert headings(spec, results.rows) == [
         *("method", "lr", "seeds", "dev loss", "test loss", "- mezo's", "training - mezo's"),
-        *("accuracy", "to mezo's", "GiB", "sec"),
+        *("accuracy", "to mezo's", "its end", "GiB", "sec"),
     ]
-    assert cells(spec, fzoo, 11) == [
+    assert cells(spec, fzoo, 12) == [
         *("fzoo", "0.004 (edge)", "2/2", "0.5000 ± 0.0000", "0.4000 ± 0.0000", "", ""),
-        *("0.750 ± 0.000 (0.044)", "0.35", "2.00", "30"),
+        *("0.750 ± 0.000 (0.044)", "0.35", "0.35", "2.00", "30"),
     ]
     (standing,) = results.standings
     assert [standing.dev, standing.training, standing.test, standing.metric] == [
         *(Wins(1, 1), Wins(0, 0), Wins(1, 1), Wins(1, 1))
     ]
     assert (standing.speedup, standing.speedup_tasks, standing.at_most) == (pytest.approx(1 / 0.35), 1, False)
-    assert standing_cells(standing) == ["fzoo", "1/1", "", "1/1", "1/1", "2.86x", "1"]
+    assert standing_cells(standing) == ["fzoo", "1/1", "", "1/1", "1/1", "2.86x", "1", "0.35", "1"]
 
 
 def test_losses_have_errors_and_are_compared_example_by_example(compared: Any) -> None:
@@ -337,7 +337,7 @@ def test_losses_have_errors_and_are_compared_example_by_example(compared: Any) -
     assert mezo.test.error == pytest.approx(((7 / 3) ** 0.5 + 0.0) / 2)
     best = [point.step for status in results.statuses if status.planned.lr == 4e-3 for point in status.curve[1:2]]
     assert fzoo.dev.error == pytest.approx(best[0] / 1000)
-    assert f"(0.{1000 * (0.1 + 3**-0.5) / 2 / 100:.0f}"[:4] in cells(results.spec, fzoo, 11)[5]
+    assert f"(0.{1000 * (0.1 + 3**-0.5) / 2 / 100:.0f}"[:4] in cells(results.spec, fzoo, 12)[5]
 
 
 def write_losses(run: Planned, losses: Sequence[Sequence[float]]) -> None:
@@ -473,11 +473,36 @@ def test_the_speed_up_is_a_geometric_mean_over_tasks_and_a_bound_where_a_run_nev
     results = collect(Comparison.read(file), runs)
     never = results.rows[3]
     assert (never.reach.share, never.reach.at_least) == (1.0, True)
-    assert cells(results.spec, never, 11)[8] == ">1"
+    assert cells(results.spec, never, 12)[8] == ">1"
     (standing,) = results.standings
     assert (standing.speedup, standing.at_most) == (pytest.approx((4 * 1) ** 0.5), True)
     assert (standing.test, standing.metric) == (Wins(0, 2), Wins(0, 2))  # equal on test
     assert any("mezo has one lr, 1e-05: nothing was chosen" in remark for remark in results.remarks)
+
+
+def test_the_baselines_last_loss_may_be_reached_sooner_than_its_best(tmp_path: Path) -> None:
+    methods = {"mezo": {"lr": 1e-5}, "fzoo": {"lr": 1e-3}}
+    tasks = ["sst2", "copa", "rte"]
+    runs = planned(file := yaml_file(tmp_path, tasks=tasks, methods=methods, seeds=[0]), tmp_path / "out")
+    curves = {
+        ("sst2", "mezo"): [1.0, 0.6, 0.8],
+        ("sst2", "fzoo"): [1.0, 0.6, 0.5],  # 0.8 after 25, 0.6 after 50
+        ("copa", "mezo"): [1.0, 0.9, 0.5],
+        ("copa", "fzoo"): [1.0, 0.9, 0.9],  # never
+        ("rte", "mezo"): [1.0, 0.9, 1.1],  # its end is worse than its start
+        ("rte", "fzoo"): [1.0, 0.8, 0.7],
+    }
+    for run in runs:
+        write_run(run, curves[run.task, run.method])
+    results = collect(Comparison.read(file), runs)
+    ends, bests = (
+        [x and x.share for x in of] for of in zip(*((r.reach_end, r.reach) for r in results.rows), strict=True)
+    )
+    assert ends == [*map(pytest.approx, (0.25, 0.25, 1.0, 1.0)), None, None]
+    assert bests == pytest.approx([0.5, 0.5, 1.0, 1.0, 0.5, 0.25])
+    (standing,) = results.standings
+    assert (standing.end, standing.end_tasks, standing.end_at_least) == (pytest.approx(0.5), 2, True)
+    assert standing_cells(standing)[-2:] == [">0.50", "2"]
 
 
 def test_a_baseline_that_never_improved_is_no_measure(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ What a run delivers is its best evaluation on dev; that loss chooses the lr, and
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal
@@ -32,7 +32,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Reach:
-    """Shares of the budget to the baseline's loss on dev; `at_least`: a seed never came there, and counts as 1."""
+    """The share of the budget to a dev loss of the baseline; `at_least`: a seed never came there, and counts as 1."""
 
     share: float
     at_least: bool
@@ -55,7 +55,8 @@ class Row:
         ahead: Whether it is ahead of the baseline over the seeds that both have.
         incomparable: Why losses are not compared with the baseline's; empty where they are.
         metrics: On the test examples; the first one is the task's main one.
-        reach: None for the baseline's own runs that never improved, and where nothing can be compared.
+        reach: To its best loss; None where it never improved, and where nothing can be compared.
+        reach_end: To its last one, likewise.
         speedup: The baseline's own shares over this method's; `reach.at_least` makes it an upper bound.
         peak_bytes: Most memory of a run; None before one is done.
         seconds: Of the steps of a run.
@@ -77,6 +78,7 @@ class Row:
     incomparable: str = ""
     metrics: Mapping[str, Spread] = field(default_factory=dict)
     reach: Reach | None = None
+    reach_end: Reach | None = None
     speedup: float | None = None
     peak_bytes: int | None = None
     seconds: float | None = None
@@ -102,6 +104,9 @@ class Standing:
         speedup: Geometric mean; None where there is none.
         speedup_tasks: Of so many tasks.
         at_most: Whether it is an upper bound, since some run never reached the baseline's loss.
+        end: The share of the budget to the baseline's last loss, geometric mean; None where there is none.
+        end_tasks: Of so many tasks.
+        end_at_least: Whether it is a lower bound, likewise.
     """
 
     method: str
@@ -112,6 +117,9 @@ class Standing:
     speedup: float | None
     speedup_tasks: int
     at_most: bool
+    end: float | None
+    end_tasks: int
+    end_at_least: bool
 
 
 def rows_of(spec: Comparison, statuses: Sequence[Status]) -> list[Row]:
@@ -194,7 +202,9 @@ def _row(
     examples = min(summary["examples"]["test"] for summary in summaries)
     why_not = incomparable(mine, base, spec.baseline)
     comparable = {} if why_not else base
-    reach, speedup = _reach(mine, comparable, spec.budget_of(task))
+    budget = spec.budget_of(task)
+    reach, own = _reach(mine, comparable, budget, lambda status: status.best)
+    reach_end, _ = _reach(mine, comparable, budget, lambda status: status.curve[-1].loss if status.curve else None)
     other = comparable if method != spec.baseline else {}
     whole, parts = training(mine, other)
     return Row(
@@ -219,7 +229,8 @@ def _row(
         why_not,
         {name: _metric(name, [or_nan(s["final"][name]) for s in summaries], examples) for name in names},
         reach,
-        speedup,
+        reach_end,
+        own.share / reach.share if own and reach and reach.share else None,
         max(summary["peak_rss_bytes"] for summary in summaries),
         fmean(summary["seconds"] for summary in summaries),
         {seed: mine[seed].curve for seed in sorted(mine)},
@@ -243,22 +254,29 @@ def _edge(lr: float | None, tried: Sequence[Tried]) -> Edge:
     return "lowest" if lr == tried[0].lr else "highest" if lr == tried[-1].lr else ""
 
 
-def _reach(mine: Mapping[int, Status], base: Mapping[int, Status], budget: Budget) -> tuple[Reach | None, float | None]:
-    """Seed by seed, since a seed draws its own dev examples; seeds where the baseline did not improve are left out."""
+def _reach(
+    mine: Mapping[int, Status], base: Mapping[int, Status], budget: Budget, target_of: Callable[[Status], float | None]
+) -> tuple[Reach | None, Reach | None]:
+    """How soon both came to a loss of the baseline.
+
+    Seed by seed, since a seed draws its own dev examples; seeds where the baseline did not improve are left out.
+    """
     ours, theirs = [], []
     for seed in sorted(set(mine) & set(base)):
-        target, curve = base[seed].best, base[seed].curve
+        target, curve = target_of(base[seed]), base[seed].curve
         if target is None or mine[seed].best is None or not curve or not mine[seed].curve:
             continue
         if not target < curve[0].loss:
             continue
         ours.append(first_reach(mine[seed].curve, target, budget.unit))
         theirs.append(first_reach(curve, target, budget.unit) or budget.amount)
-    if not ours:
-        return None, None
-    spent = fmean([budget.amount if cost is None else cost for cost in ours])
-    speedup = fmean(theirs) / spent if spent else None
-    return Reach(spent / budget.amount, None in ours), speedup
+    return _share(ours, budget), _share(theirs, budget)
+
+
+def _share(costs: Sequence[float | None], budget: Budget) -> Reach | None:
+    if not costs:
+        return None
+    return Reach(fmean([budget.amount if cost is None else cost for cost in costs]) / budget.amount, None in costs)
 
 
 def _standing(method: str, spec: Comparison, by: Mapping[tuple[str, str], Row]) -> Standing:
@@ -266,6 +284,7 @@ def _standing(method: str, spec: Comparison, by: Mapping[tuple[str, str], Row]) 
     outcomes = [row.ahead for row in rows if row.ahead]
     factors = [(row.speedup, row.reach) for row in rows if row.speedup and row.reach]
     logs = [math.log(factor) for factor, _ in factors]
+    ends = [row.reach_end for row in rows if row.reach_end and row.reach_end.share]
     return Standing(
         method,
         _wins(each.dev for each in outcomes),
@@ -275,6 +294,9 @@ def _standing(method: str, spec: Comparison, by: Mapping[tuple[str, str], Row]) 
         math.exp(fmean(logs)) if logs else None,
         len(logs),
         any(reach.at_least for _, reach in factors),
+        math.exp(fmean([math.log(end.share) for end in ends])) if ends else None,
+        len(ends),
+        any(end.at_least for end in ends),
     )
 
 

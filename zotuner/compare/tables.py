@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from zotuner.compare.figures import Edge, Row, Standing
+from zotuner.compare.figures import Edge, Reach, Row, Standing
 from zotuner.compare.spec import Comparison
 from zotuner.compare.spread import Spread
 from zotuner.compare.state import Status
@@ -22,7 +22,7 @@ def headings(spec: Comparison, rows: Sequence[Row]) -> list[str]:
     metrics = next((list(row.metrics) for row in rows if row.metrics), [])
     base = spec.baseline
     losses = ["dev loss", "test loss", f"- {base}'s", f"training - {base}'s"]
-    return ["method", "lr", "seeds", *losses, *metrics, f"to {base}'s", "GiB", "sec"]
+    return ["method", "lr", "seeds", *losses, *metrics, f"to {base}'s", "its end", "GiB", "sec"]
 
 
 def cells(spec: Comparison, row: Row, columns: int) -> list[str]:
@@ -39,7 +39,8 @@ def cells(spec: Comparison, row: Row, columns: int) -> list[str]:
         spread_text(row.gap, 4),
         spread_text(row.training, 4),
         *(spread_text(value, 3) for value in row.metrics.values()),
-        reach_text(row),
+        reach_text(row.reach),
+        reach_text(row.reach_end),
         gib,
         "" if row.seconds is None else f"{row.seconds:.0f}",
     ]
@@ -54,11 +55,11 @@ def spread_text(value: Spread | None, digits: int) -> str:
     return f"{value.mean:.{digits}f}{std}{error}"
 
 
-def reach_text(row: Row) -> str:
+def reach_text(reach: Reach | None) -> str:
     """Share of the budget, `>1` for never."""
-    if row.reach is None:
+    if reach is None:
         return ""
-    return f">{row.reach.share:.3g}" if row.reach.at_least else f"{row.reach.share:.2f}"
+    return f">{reach.share:.3g}" if reach.at_least else f"{reach.share:.2f}"
 
 
 def speedup_text(standing: Standing) -> str:
@@ -71,6 +72,8 @@ STANDING_HEADINGS = [
     *(f"wins, {of}" for of in ("dev loss", "training", "test loss", "metric")),
     "speed-up",
     "of tasks",
+    "to its end",
+    "of tasks",
 ]
 
 
@@ -78,7 +81,9 @@ def standing_cells(standing: Standing) -> list[str]:
     """One row of the summary, under `STANDING_HEADINGS`."""
     counts = (standing.dev, standing.training, standing.test, standing.metric)
     wins = [f"{count.won}/{count.of}" if count.of else "" for count in counts]
-    return [standing.method, *wins, speedup_text(standing), str(standing.speedup_tasks or "")]
+    end = "" if standing.end is None else f"{'>' if standing.end_at_least else ''}{standing.end:.2f}"
+    of = [str(count or "") for count in (standing.speedup_tasks, standing.end_tasks)]
+    return [standing.method, *wins, speedup_text(standing), of[0], end, of[1]]
 
 
 def result_tables(
