@@ -553,6 +553,17 @@ def test_while_seeds_are_missing_learning_rates_are_compared_on_those_that_all_h
     assert (row.lr, row.seeds) == (2e-5, (0,))
 
 
+def test_an_lr_is_not_chosen_for_the_one_seed_that_another_has_run(tmp_path: Path) -> None:
+    """1e-5 has one seed, on which 4e-5 is a little better than 2e-5; over the three seeds of both it is not."""
+    runs = planned(file := yaml_file(tmp_path, tasks=["sst2"], methods=TWO, seeds=[0, 1, 2]), tmp_path / "out")
+    losses = {1e-5: [0.62], 2e-5: [0.60, 0.58, 0.55], 4e-5: [0.59, 0.60, 0.57]}
+    for run in runs:
+        if run.method == "mezo" and run.seed < len(losses[run.lr or 0.0]):
+            write_run(run, [1.0, losses[run.lr or 0.0][run.seed]])
+    row = collect(Comparison.read(file), runs).rows[0]
+    assert (row.lr, row.seeds, row.edge) == (2e-5, (0, 1, 2), "")
+
+
 def test_an_edge_is_marked_only_when_each_lr_of_the_grid_has_an_outcome(tmp_path: Path) -> None:
     file = yaml_file(tmp_path, tasks=["sst2"], methods={"mezo": {"lr": [1e-5, 2e-5]}}, seeds=[0])
     first, second = planned(file, tmp_path / "out")

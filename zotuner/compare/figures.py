@@ -156,7 +156,11 @@ def first_reach(curve: Sequence[Point], target: float, unit: Unit) -> float | No
 
 
 def _choose(cell: Sequence[Status]) -> float | None:
-    """The lr with the lowest mean loss on dev, over those seeds that every lr with an outcome has; any failure: inf."""
+    """The lr with the lowest mean loss on dev.
+
+    While some runs are missing, two learning rates are compared on the seeds that both have, and one that no other
+    beats is chosen; where there is none, or several, by the seeds that all have. Any failure counts as inf.
+    """
     known: dict[float | None, dict[int, float]] = {}
     for status in cell:
         if status.state in ("done", "failed"):
@@ -164,13 +168,18 @@ def _choose(cell: Sequence[Status]) -> float | None:
             known.setdefault(status.planned.lr, {})[status.planned.seed] = _or_inf(loss)
     done = {status.planned.lr for status in cell if status.state == "done"}
     failed = {status.planned.lr for status in cell if status.state == "failed"}
+
+    def mean(lr: float | None, seeds: set[int]) -> float:
+        return math.inf if lr in failed else fmean([x for seed, x in known[lr].items() if not seeds or seed in seeds])
+
+    def beaten(lr: float | None) -> bool:
+        both = {other: set(known[lr]) & set(known[other]) for other in known if other != lr}
+        return any(mean(other, seeds) < mean(lr, seeds) for other, seeds in both.items() if seeds)
+
     shared = set.intersection(*(set(losses) for losses in known.values())) if known else set()
-    means = {
-        lr: math.inf if lr in failed else fmean([x for seed, x in losses.items() if not shared or seed in shared])
-        for lr, losses in known.items()
-        if lr in done
-    }
-    return min(means, key=lambda lr: (means[lr], lr or 0.0), default=None)
+    best = [lr for lr in done if not beaten(lr)]
+    candidates = best if best else list(done)
+    return min(candidates, key=lambda lr: (mean(lr, shared), lr or 0.0), default=None)
 
 
 def _or_inf(loss: float | None) -> float:
