@@ -18,9 +18,9 @@ from zotuner.config import (
     MetaTrainConfig,
     forwards_per_step,
     read_yaml,
-    without_effect,
 )
 from zotuner.errors import ZotunerError
+from zotuner.steppers import without_effect
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REQUIRED = {"model": "m", "task": "t", "method": "mezo", "out": "o"}

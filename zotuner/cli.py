@@ -19,7 +19,7 @@ from zotuner.cli_controls import (
     whole,
 )
 from zotuner.config import DTYPE, Config, FinetuneConfig, MetaTrainConfig, read_yaml
-from zotuner.errors import Interrupted, ZotunerError
+from zotuner.errors import Interrupted, ZotunerError, repeated
 
 C = TypeVar("C", bound=Config)
 
@@ -377,8 +377,7 @@ def _tuner_static(arguments: argparse.Namespace) -> None:
     _quiet()
     from zotuner.controls.commands import static
 
-    named = [name for name, _ in arguments.by_type]
-    twice = next((name for name in named if named.count(name) > 1), None)
+    twice = repeated([name for name, _ in arguments.by_type])
     if twice is not None:
         raise ZotunerError(f"--by-type: {twice} stands twice; give each type one scale")
     show_scales(*static(**{**_stated(arguments), "by_type": dict(arguments.by_type)}))

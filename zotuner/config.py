@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from zotuner.errors import ZotunerError, unknown
+from zotuner.errors import ZotunerError, repeated, unknown
 
 ELEMENTWISE = ("zo-sgd-momentum", "mezo-adam", "zo-adamu", "hizoo")  # keep numbers for each weight
 ZEROTH_ORDER = ("zo-finetuner", "fzoo", "mezo", "zo-sign", "meazo", "lozo", *ELEMENTWISE)
@@ -277,28 +277,6 @@ class FinetuneConfig(Config):
             )
 
 
-def without_effect(config: FinetuneConfig) -> list[str]:
-    """Those of the stated options that a configuration's method does not read, in the order of the options.
-
-    Comparisons state options for all of their methods, so that this is no error.
-    """
-    zeroth_order, one_sided = config.method in ZEROTH_ORDER, config.method == "fzoo" or config.estimator == "one-sided"
-    low_rank, sizes = zeroth_order and config.noise == "low-rank", config.k_shot is None
-    read = {
-        **dict.fromkeys(
-            ("eps", "noise", "engine", "branch_batch", "branch_threads", "clip", "sync_every"), zeroth_order
-        ),
-        **dict.fromkeys(("rank", "factors", "resample_every"), low_rank),
-        **dict.fromkeys(("train_size", "dev_size"), sizes),
-        "num_perturbations": one_sided,
-        "momentum": config.method in ("zo-sgd-momentum", "mezo-adam"),
-        "beta2": config.method in ("mezo-adam", "meazo"),
-        "smooth": config.method == "hizoo",
-    }
-    stated = [name for name in FinetuneConfig.model_fields if name in config.model_fields_set]
-    return [name for name in stated if not read.get(name, True)]
-
-
 def forwards_per_step(config: FinetuneConfig) -> int:
     """What a step of a configuration's method costs: its losses. The backward of a first-order step is not counted."""
     if config.method == "none":
@@ -357,8 +335,7 @@ class _Loader(yaml.SafeLoader):
     """YAML as it is, but a key that stands twice in a mapping, of which one would be lost, is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
+        twice = repeated([(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice[1]!r} stands twice", node.start_mark)
         return dict(super().construct_mapping(node, deep))

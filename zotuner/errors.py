@@ -1,7 +1,10 @@
 """The exceptions of the project: something outside the program is wrong, or asks it to stop."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ZotunerError(Exception):
@@ -14,6 +17,15 @@ class Interrupted(Exception):  # noqa: N818 (not an error: a run that was asked 
     def __init__(self, text: str, signum: int) -> None:
         super().__init__(text)
         self.signum = signum
+
+
+def repeated(values: Sequence[T]) -> T | None:
+    """The first value that stands more than once; None if none does.
+
+    >>> repeated(["a", "b", "a"])
+    'a'
+    """
+    return next((value for value in values if values.count(value) > 1), None)
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zotuner.adapters import adapted, adapter_of, check_tuner
-from zotuner.config import FinetuneConfig, without_effect
+from zotuner.config import FinetuneConfig
 from zotuner.errors import ZotunerError
 from zotuner.evaluate import Evaluation, evaluate
 from zotuner.files import check_out, claim_out, locked
@@ -33,7 +33,7 @@ from zotuner.prompting import with_shots
 from zotuner.quantized import quantize_
 from zotuner.signals import Requests
 from zotuner.snapshot import drop_all
-from zotuner.steppers import Stepper, stepper_for
+from zotuner.steppers import Stepper, stepper_for, without_effect
 from zotuner.tasks import Example, Splits, Task, get_task
 from zotuner.training import BEST, Progressed, Training
 from zotuner.tuner import Tuner, versions

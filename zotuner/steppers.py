@@ -63,6 +63,24 @@ OPTIMIZERS: dict[str, tuple[type[ZOOptimizer], dict[str, str]]] = {
 }
 
 
+def without_effect(config: FinetuneConfig) -> list[str]:
+    """Those of the stated options that a configuration's method does not read, in the order of the options.
+
+    Comparisons state options for all of their methods, so that this is no error.
+    """
+    own = {option for _, options in OPTIMIZERS.values() for option in options.values()} - {"steps"}
+    idle = own - set(OPTIMIZERS[config.method][1].values()) if config.method in OPTIMIZERS else own
+    if config.estimator == "one-sided":
+        idle -= {"num_perturbations"}
+    if config.method not in OPTIMIZERS:
+        idle |= {*SHARED, "sync_every"} - {"lr", "seed"}
+    elif config.noise != "low-rank":
+        idle |= {"rank", "factors", "resample_every"}
+    if config.k_shot is not None:
+        idle |= {"train_size", "dev_size"}
+    return [name for name in FinetuneConfig.model_fields if name in idle & config.model_fields_set]
+
+
 def optimizer_for(config: FinetuneConfig, model: Any, tuner: Tuner | None) -> ZOOptimizer:
     """The optimizer of a configuration's zeroth-order method."""
     made, options = OPTIMIZERS[config.method]

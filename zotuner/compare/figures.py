@@ -177,9 +177,8 @@ def _choose(cell: Sequence[Status]) -> float | None:
         return any(mean(other, seeds) < mean(lr, seeds) for other, seeds in both.items() if seeds)
 
     shared = set.intersection(*(set(losses) for losses in known.values())) if known else set()
-    best = [lr for lr in done if not beaten(lr)]
-    candidates = best if best else list(done)
-    return min(candidates, key=lambda lr: (mean(lr, shared), lr or 0.0), default=None)
+    unbeaten = [lr for lr in done if not beaten(lr)]
+    return min(unbeaten or done, key=lambda lr: (mean(lr, shared), lr or 0.0), default=None)
 
 
 def _or_inf(loss: float | None) -> float:

@@ -50,11 +50,10 @@ def ahead(mine: Runs, base: Runs) -> Ahead | None:
         return None
 
     def lower(of: Callable[[Status], float | None]) -> bool | None:
-        ours, theirs = ([of(runs[seed]) for seed in seeds] for runs in (mine, base))
-        known = [x for x in ours if x is not None], [x for x in theirs if x is not None]
-        if min(map(len, known)) < len(seeds):
+        ours, theirs = (spread([x for seed in seeds if (x := of(runs[seed])) is not None]) for runs in (mine, base))
+        if ours is None or theirs is None or min(ours.count, theirs.count) < len(seeds):
             return None
-        return _mean_of(known[0]) < _mean_of(known[1])
+        return ours.mean < theirs.mean
 
     same = not _different(mine, base, ("objective",))
     name = next((name for name in mine[seeds[0]].summary["final"] if name != "loss"), None)
@@ -63,10 +62,6 @@ def ahead(mine: Runs, base: Runs) -> Ahead | None:
         lower(lambda status: or_nan(status.summary["final"]["loss"])) if same else None,
         None if name is None else lower(lambda status: -or_nan(status.summary["final"].get(name))),
     )
-
-
-def _mean_of(values: Sequence[float]) -> float:
-    return fmean(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def gap(mine: Runs, base: Runs) -> Spread | None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from zotuner.errors import ZotunerError, first_line
+from zotuner.errors import ZotunerError, first_line, repeated
 from zotuner.metrics import ASIDE, read_rows
 from zotuner.tasks.scores import Example, Mean, Metric, right
 from zotuner.tasks.tables import read_table
@@ -264,8 +264,9 @@ def check_metrics(where: str, names: Sequence[str]) -> None:
     for name in names:
         if name == "loss" or name in ASIDE:
             raise ZotunerError(f"{where}: a metric cannot be called {name!r}, as what a run writes beside it is")
-        if list(names).count(name) > 1:
-            raise ZotunerError(f"{where}: expected metrics of different names, got {name!r} twice")
+    twice = repeated(names)
+    if twice is not None:
+        raise ZotunerError(f"{where}: expected metrics of different names, got {twice!r} twice")
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from zotuner.errors import ZotunerError
+from zotuner.errors import ZotunerError, repeated
 from zotuner.metrics import read_json, read_rows
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -52,9 +52,9 @@ def _rows(path: Path, lines: Any, delimiter: str) -> list[dict[str, Any]]:
         raise ZotunerError(
             f'{path}, line {lines.line_num}: {error}; quote text with ", and write " in it twice'
         ) from None
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise ZotunerError(f"{path}: expected columns of different names, {repeated[0]!r} comes more than once")
+    twice = repeated(names)
+    if twice is not None:
+        raise ZotunerError(f"{path}: expected columns of different names, {twice!r} comes more than once")
     for number, cells in enumerate(rows, start=1):
         if len(cells) != len(names):
             raise ZotunerError(
