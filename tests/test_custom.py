@@ -20,7 +20,7 @@ from test_cli import argv_of, assert_one_error_line, call, quick, quick_meta, su
 from test_tasks import write_rows
 
 import zotuner
-from zotuner.cli import EXIT_SIGNAL
+from zotuner.cli.parser import EXIT_SIGNAL
 from zotuner.errors import ZotunerError
 from zotuner.tasks import TASKS, Example, Task, get_task
 from zotuner.tasks.base import Splits

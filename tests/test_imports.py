@@ -28,7 +28,7 @@ LAYERS = [
         "meta_train",
         "controls",
     ],
-    ["report", "log", "inspection", "compare", "bench", "demo", "preview", "cli_controls", "cli", "__main__"],
+    ["report", "log", "inspection", "compare", "bench", "demo", "preview", "cli", "__main__"],
 ]
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 EVERYWHERE = {"__init__"}  # asked for the version alone
