@@ -13,7 +13,7 @@ PACKAGE = Path(zotuner.__file__).parent
 LAYERS = [
     ["errors", "signals", "remote", "files", "noise", "block_types", "blocks", "config", "metrics", "pickled"],
     ["quantized", "pertnn", "perturb", "gradients", "card", "pth"],
-    ["tuner", "optim", "tasks", "virtual", "adapters", "models", "snapshot", "ledger", "published", "hub"],
+    ["tuner", "tuner_out", "optim", "tasks", "virtual", "adapters", "models", "snapshot", "ledger", "published", "hub"],
     ["prompting", "batch", "scoring", "objective", "evaluate", "progress"],
     [
         "trajectory",

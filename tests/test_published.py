@@ -33,8 +33,9 @@ from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import FEATURES
 from zotuner.pickled import Evaluation, Limits
 from zotuner.pth import read_pth
-from zotuner.published import INPUTS, check_tuner_out, import_tuner, limits, read_nets
+from zotuner.published import INPUTS, import_tuner, limits, read_nets
 from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner
+from zotuner.tuner_out import check_tuner_out
 
 Nets = dict[str, Any]
 CONTAINERS = ("zip", "legacy")

@@ -14,9 +14,9 @@ import yaml
 from zotuner.card import ORIGINALS, TAGS, hub_base
 from zotuner.errors import ZotunerError
 from zotuner.files import built_aside
-from zotuner.published import check_tuner_out
 from zotuner.remote import asking
 from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner, locate, shipped
+from zotuner.tuner_out import check_tuner_out
 
 AUTO = "auto"  # in place of a tuner's name: the one for the model
 MOST_MODELS = 16  # that are looked at on the way to a base with a tuner

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from zotuner.blocks import Block, base_name, find_blocks
 from zotuner.errors import ZotunerError
-from zotuner.files import is_run, is_vacant
 from zotuner.models import known_as, load_model, weights_sha256
 from zotuner.pertnn import FEATURES, HIDDEN, FeatureSpec, PertNNBank
 from zotuner.pickled import Limits, ModuleRecord, RefusedError, shown
 from zotuner.pth import Saved, read_pth
-from zotuner.tuner import DESCRIPTION, MOST_ROWS, SHOWN, WEIGHTS, BlockInfo, FeatureInfo, Tuner, TunerInfo, versions
+from zotuner.tuner import MOST_ROWS, SHOWN, BlockInfo, FeatureInfo, Tuner, TunerInfo, versions
+from zotuner.tuner_out import keep_tuner
 
 INPUTS = ("mean", "var", "loss_plus", "loss_minus", "sigma_prev")  # in the order of a published net
 KINDS = [("0", "Linear"), ("1", "Tanh"), ("2", "Linear")]  # the layers of one, by name
@@ -140,35 +140,6 @@ def parameter_names(model: nn.Module) -> set[str]:
 def limits(nets: int) -> Limits:
     """What a file of so many nets may take."""
     return Limits(FILE_BYTES + nets * NET_BYTES, FILE_OPCODES + nets * NET_OPCODES, nets * NUMBERS)
-
-
-def check_tuner_out(out: Path, overwrite: bool) -> None:
-    """Refuses an output folder that holds something, unless it is a tuner that may be overwritten.
-
-    Raises:
-        ZotunerError: The folder holds a run, a tuner that is to stay, or anything else.
-    """
-    if is_vacant(out, "tuner"):
-        return
-    if is_run(out) or not all((out / name).is_file() for name in (WEIGHTS, DESCRIPTION)):
-        raise ZotunerError(f"{out}: expected an empty folder or a tuner, found other files; choose another --out")
-    if not overwrite:
-        raise ZotunerError(f"{out}: holds a tuner; choose another --out, or pass --overwrite to replace it")
-
-
-def keep_tuner(tuner: Tuner, out: Path) -> str:
-    """Writes a tuner; returns a line that says so.
-
-    Raises:
-        ZotunerError: The folder cannot be written.
-    """
-    try:
-        tuner.save_pretrained(out)
-        size = (out / WEIGHTS).stat().st_size
-    except OSError as error:
-        raise ZotunerError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
-    info = tuner.info
-    return f"tuner for {len(info.blocks)} blocks of {info.base_model} written to {out} ({size / 1000:.1f} kB)"
 
 
 def write_tuner(imported: Imported, out: Path) -> list[str]:

@@ -85,7 +85,8 @@ def _add_import_options(parser: argparse.ArgumentParser) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     quiet()
-    from zotuner.published import check_tuner_out, import_tuner, write_tuner
+    from zotuner.published import import_tuner, write_tuner
+    from zotuner.tuner_out import check_tuner_out
 
     check_tuner_out(arguments.out, arguments.overwrite)
     imported = import_tuner(arguments.file, arguments.base, embedding_rows=arguments.embedding_rows)

@@ -12,9 +12,9 @@ from zotuner.controls.setting import load
 from zotuner.errors import ZotunerError
 from zotuner.files import is_vacant, locked
 from zotuner.progress import Display
-from zotuner.published import check_tuner_out, keep_tuner
 from zotuner.signals import Requests
 from zotuner.tuner import Tuner
+from zotuner.tuner_out import check_tuner_out, keep_tuner
 
 
 def init(model: str, out: Path, architecture: Literal["abs", "exp"], seed: int, overwrite: bool) -> str:
