@@ -109,9 +109,24 @@ class Remembers(nn.Module):
         return self.seen
 
 
+class Writes(Remembers):
+    """Keeps what it saw in a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(24, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        self.kept[:rows].copy_(self.linear(x))
+        time.sleep(0.01)
+        return self.kept[:rows].clone()
+
+
+@pytest.mark.parametrize("kind", [Remembers, Writes])
 @torch.no_grad()
-def test_a_model_that_keeps_what_it_saw_is_served_by_one_thread() -> None:
-    model = Remembers()
+def test_a_model_that_keeps_what_it_saw_is_served_by_one_thread(kind: type[Remembers]) -> None:
+    model = kind()
     perturber = Perturber(model, find_blocks(model), branch_batch=1, branch_threads=2)
     x = torch.linspace(-1, 1, 24).view(6, 4)
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -188,6 +189,19 @@ def test_a_parameter_read_from_outside_is_perturbed_in_place_and_said_so_once() 
         assert perturber.loss(closure, DRAW, alphas) == came
 
 
+@pytest.mark.parametrize("read", [lambda p: p.item() ** 2, lambda p: float(p) * 3, lambda p: p.tolist()])
+@torch.no_grad()
+def test_a_value_read_as_a_number_of_pythons_is_read_from_outside(read: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4)
+    model.gain = nn.Parameter(torch.tensor(2.0))
+    blocks = find_blocks(model)
+    alphas = [0.1] * len(blocks)
+    twin = moved(model, DRAW, alphas)
+    with pytest.warns(UserWarning, match="1 parameters are read outside"):
+        came = Perturber(model, blocks).loss(lambda: model(x).sum() + read(model.gain), DRAW, alphas)
+    assert came == pytest.approx(float(twin(x).sum() + read(twin.gain)), rel=1e-6)
+
+
 @torch.no_grad()
 def test_a_first_closure_that_raises_does_not_end_the_watch() -> None:
     model = Penalised()
@@ -214,6 +228,20 @@ def test_a_compiled_model_is_perturbed_too() -> None:
     assert Perturber(model, blocks).loss(lambda: model(x).sum(), DRAW, alphas) == pytest.approx(expected, rel=1e-6)
     for name, p in plain.named_parameters():  # it walked, and came home to within rounding
         assert torch.allclose(p, before[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "compiled", [lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager")]
+)
+@torch.no_grad()
+def test_a_model_compiled_after_its_optimizer_was_made_is_perturbed_too(compiled: Any) -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    blocks, x = find_blocks(plain), torch.ones(3, 4)
+    perturber, alphas = Perturber(plain, blocks), [0.1] * len(blocks)
+    expected = float(moved(plain, DRAW, alphas)(x).sum())
+    model = compiled(plain) or plain
+    model(x)
+    assert perturber.loss(lambda: model(x).sum(), DRAW, alphas) == pytest.approx(expected, rel=1e-6)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from functools import partial
 from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zotuner.blocks import Block, Piece, Weight, named_weights, pieces_of
 from zotuner.errors import unknown
@@ -51,8 +51,8 @@ class Perturber:
     Args:
         model: The module that the closures run.
         blocks: Its blocks; noise's `block` is the position here.
-        engine: "streamed" or "in-place"; a model that torch.compile made is always served in place, since compiled
-            code looks at no replaced forward.
+        engine: "streamed" or "in-place"; a model that torch.compile made before is always served in place, since
+            compiled code looks at no replaced forward; of one made later, such forwards run uncompiled.
         branch_batch: How many points share one forward, if the closure has a parameter `branches`: a number, or
             "auto": as many as keep the activations small beside the weights.
         branch_threads: How many such forwards run at the same time, on the CPU, each in a thread of its own: a number,
@@ -328,16 +328,27 @@ def _measured(model: nn.Module, watch: Watch) -> Iterator[None]:
         yield
 
 
-Attributes = dict[nn.Module, dict[str, object]]
+Attributes = dict[nn.Module, dict[str, tuple[object, int]]]
 
 
 def _attributes(model: nn.Module) -> Attributes:
-    """What each module holds by name, parameters and children aside, and buffers too."""
-    return {module: {**vars(module), **module._buffers} for module in model.modules()}
+    """What each module holds by name, parameters and children aside, and buffers too, and how often it was written."""
+    return {
+        module: {name: (value, _writes(value)) for name, value in {**vars(module), **module._buffers}.items()}
+        for module in model.modules()
+    }
+
+
+def _writes(value: object) -> int:
+    """How often a tensor was written to in place, as torch counts it."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _changed(before: Attributes, after: Attributes) -> bool:
-    """Whether a module holds something else than before."""
+    """Whether a module holds something else than before, or something that was written to."""
+    nothing = (before, 0)
     return any(
-        held.get(name, after) is not value for module, held in before.items() for name, value in after[module].items()
+        (old := held.get(name, nothing))[0] is not value or old[1] != writes
+        for module, held in before.items()
+        for name, (value, writes) in after[module].items()
     )

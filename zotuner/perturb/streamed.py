@@ -7,6 +7,7 @@ an embedding by the rows that the batch names; low-rank noise is applied to the 
 written to the modules, so that threads may run the model at several points at once.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -104,10 +105,11 @@ def _by_rows(evaluation: Evaluation, args: tuple[Any, ...], kwargs: dict[str, An
 @contextmanager
 def replaced_forwards(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Sets `module.forward` of each module for a while; what an instance had set itself comes back."""
+    may_compile = "torch._dynamo" in sys.modules  # code compiled of the model is to call these, not to trace them
     with ExitStack() as stack:
         for module, forward in forwards:
             stack.callback(_restore_forward, module, module.__dict__.get("forward"))
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = torch.compiler.disable(forward) if may_compile else forward  # type: ignore[method-assign]
         yield
 
 

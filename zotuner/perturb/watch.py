@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+READS = (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__)  # values as Python's
+
 
 class Watch(TorchFunctionMode):
-    """Notes, while it is on, which parameters operations use that yield tensors.
+    """Notes, while it is on, which parameters operations use that yield tensors, or their values as Python's.
 
     A perturbed forward lets its module hold other tensors in their place: what is still seen was read elsewhere.
 
@@ -31,7 +33,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._depth == 0 and any(isinstance(x, Tensor) for x in tree_leaves(result)):
+        if self._depth == 0 and (func in READS or any(isinstance(x, Tensor) for x in tree_leaves(result))):
             for leaf in tree_leaves((args, kwargs)):
                 if id(leaf) in self._ids:
                     self.seen[self._ids[id(leaf)]] = None
