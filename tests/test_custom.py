@@ -428,6 +428,12 @@ def test_an_answer_that_nothing_could_give_is_refused(tmp_path: Path, answer: An
     assert complaint(file).startswith(f"{tmp_path / 't.jsonl'}, row 1: {says}")
 
 
+def test_an_answer_of_two_lists_is_refused(tmp_path: Path) -> None:
+    row = {"country": ["Bolivia", "Peru"], "capital": ["Sucre", "Lima"]}
+    file = described(tmp_path, [row], **FREE | {"prompt": "Capital?", "answer": "{country}: {capital}"})
+    assert "row 1: expected one field of the answer to be a list, got country, capital" in complaint(file)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

@@ -93,6 +93,20 @@ def test_a_long_prompt_leaves_room_for_its_answer(tokenizer: Any) -> None:
     assert makes.prompts([TEXTS[1]]).input_ids[0].tolist() == ids[-10:]
 
 
+@pytest.mark.parametrize("own", [{"repetition_penalty": 1.5}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}])
+def test_what_a_model_says_of_its_generation_does_not_make_it_less_greedy(tokenizer: Any, own: dict[str, Any]) -> None:
+    model, makes = llama(), generator(tokenizer, max_new_tokens=12)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    assert makes.answers(model, makes.prompts(TEXTS))[0] == [slow_answer(model, tokenizer, t, 12, "\n") for t in TEXTS]
+
+
+def test_answers_that_leave_no_room_for_their_prompts_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(ZotunerError, match=r"answers of up to 6 tokens leave less than 16 of 21 for the prompt"):
+        objective_for(Free(), llama(), tokenizer, max_length=21)
+    objective_for(Free(), llama(), tokenizer, max_length=22)
+
+
 def test_each_branch_is_answered_by_its_own_weights(tokenizer: Any) -> None:
     """Noise as large as the weights: the branches' answers differ, and stacked ones are those given alone."""
     makes, given = generator(tokenizer), []

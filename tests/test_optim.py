@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -322,6 +323,29 @@ def test_frozen_parameters_stay(make: Make) -> None:
     opt.step(closure_of(model))
     assert torch.equal(frozen, before)
     assert "model.layers.0.self_attn.q_proj.weight" not in [block.name for block in opt.blocks]
+
+
+def test_parameters_come_with_the_model_alone(make: Make) -> None:
+    model = tiny_llama()
+    model.lm_head.requires_grad_(False)
+    opt = make(model)
+    with pytest.raises(ValueError, match="set requires_grad of those to tune, then make the optimizer"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_without_the_model_is_refused(copied: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"MeZO is of one model in memory: copy or save its state_dict\(\) instead"):
+        copied(MeZO(tiny_llama()))
+
+
+def test_empty_parameters_are_no_blocks() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.none = nn.Parameter(torch.empty(0, 4))
+    opt = ZOFineTuner(model, Tuner.for_model(model), lr=LR, eps=EPS)
+    opt.step(lambda: model(torch.ones(1, 3)).sum() + model.none.sum())
+    assert [block.name for block in opt.blocks] == ["0.weight", "0.bias"]
 
 
 def test_no_gradient_is_made_and_the_global_random_state_stays(make: Make) -> None:

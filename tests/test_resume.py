@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from runs import STEPS, ZEROTH_ORDER, options_of
 from test_cli import argv_of, assert_one_error_line, call, quick, quick_meta
 
+from zotuner import training
 from zotuner.ledger import read_ledger
 from zotuner.metrics import read_rows
 from zotuner.models import load_model
@@ -145,6 +148,49 @@ def test_an_evaluation_that_a_signal_ended_is_made_when_the_run_goes_on(
     assert done.returncode == 143
     assert call("finetune", "--resume", out) == 0
     assert_the_same_run(whole("mezo"), out)
+
+
+class Killed(BaseException):
+    """In place of a signal, where the process of the tests is to go on."""
+
+
+def test_a_run_that_ends_sooner_when_it_goes_on_delivers_the_best_weights_of_the_steps_it_took(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First-order steps are taken again from the snapshot after 5; by then the best evaluation was that after 8."""
+    seconds, dev = {"a step": 1.0}, {4: 0.5, 8: 0.1}
+    evaluate, after = training._Dev._evaluate, training.Training._after_step
+
+    def evaluated(self: Any, step: int) -> Any:
+        found = evaluate(self, step)
+        return replace(found, figures={**found.figures, "loss": dev.get(step, 1.0)})
+
+    def dies(self: Any) -> None:
+        after(self)
+        if self.totals.steps == 9:
+            raise Killed
+
+    def clock() -> Iterator[float]:
+        now = 0.0
+        while True:
+            yield now
+            now += seconds["a step"]
+
+    monkeypatch.setattr(training._Dev, "_evaluate", evaluated)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock().__next__))
+    options = {**options_of("adam", tmp_path), "max_seconds": 50}
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_after_step", dies)
+        with pytest.raises(Killed):
+            call("finetune", *argv_of(quick(model_dir, tmp_path / "out", **options)))
+    seconds["a step"] = 100.0
+    assert call("finetune", "--resume", tmp_path / "out") == 0
+    seconds["a step"] = 1.0
+    assert call("finetune", *argv_of(quick(model_dir, tmp_path / "four", **{**options, "steps": 4}))) == 0
+    ended, four = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "four"))
+    assert (ended["steps"], ended["dev"]["best"]["step"]) == (6, 4)
+    assert ended["weights_sha256"] == four["weights_sha256"]
+    assert not list((tmp_path / "out").glob("best*"))
 
 
 def test_a_budget_of_tokens_ends_a_run_after_the_step_that_reaches_it(

@@ -86,6 +86,14 @@ def test_as_many_scales_as_blocks_are_asked_for() -> None:
         Tuner.static(tiny_llama(), torch.ones(N + 1))
 
 
+def test_static_scales_of_layers_serve_the_model_they_are_for() -> None:
+    model = tiny_llama()
+    blocks = find_blocks(model, "layer")
+    tuner = Tuner.static(model, torch.linspace(0.5, 2, len(blocks)), granularity="layer")
+    opt = zotuner.ZOFineTuner(model, tuner)
+    assert [block.name for block in opt.blocks] == [block.name for block in blocks]
+
+
 def test_static_scales_can_be_trained() -> None:
     bank = StaticBank(sigma())
     bank(random(N, 5))[3].backward()

@@ -188,7 +188,7 @@ def weight_tensors(model: nn.Module, *, trainable: bool = False) -> dict[str, Te
 
 
 def find_blocks(model: nn.Module, granularity: str = "block") -> tuple[Block, ...]:
-    """The blocks of a model, in the order of its parameters; frozen parameters are left out, tied ones come once.
+    """The blocks of a model, in the order of its parameters; frozen and empty ones are left out, tied ones come once.
 
     Args:
         model: Any module.
@@ -198,7 +198,7 @@ def find_blocks(model: nn.Module, granularity: str = "block") -> tuple[Block, ..
     Raises:
         ValueError: An unknown granularity, or a model in which nothing is trainable.
     """
-    blocks = _blocks(model, granularity, lambda _, weight: weight.requires_grad)
+    blocks = _blocks(model, granularity, lambda _, weight: weight.requires_grad and weight.numel() > 0)
     if not blocks:
         raise ValueError("the model has no trainable parameter: set requires_grad where it should be tuned")
     return blocks

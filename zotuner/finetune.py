@@ -35,7 +35,7 @@ from zotuner.signals import Requests
 from zotuner.snapshot import drop_all
 from zotuner.steppers import Stepper, stepper_for, without_effect
 from zotuner.tasks import Example, Splits, Task, get_task
-from zotuner.training import BEST, Progressed, Training
+from zotuner.training import BEST, Progressed, Training, best_file
 from zotuner.tuner import Tuner, versions
 
 MASKED_K = 16  # examples of each class that masked models are tuned on (arXiv:2012.15723; arXiv:2305.17333)
@@ -170,7 +170,7 @@ def _run(
     if stepper is not None and config.steps:
         training = Training(config, setup, stepper, evaluated, display, requests)
         totals, dev = training.run()
-        restore_weights(setup.model, config.out / BEST)
+        restore_weights(setup.model, best_file(config.out, dev["best"]["step"]))
         final = tested("final", "after the last step")
     if config.save_model:
         save_model(setup.model, setup.tokenizer, config.out / "model")
@@ -200,7 +200,7 @@ def _run(
 
 def _tidy(out: Path) -> None:
     """Removes what a run keeps for the time of it."""
-    for path in (out / BEST, out / ZERO_SHOT, *out.glob("*.part")):  # the last: of a process that was killed
+    for path in (*out.glob(BEST), out / ZERO_SHOT, *out.glob("*.part")):  # the last: of a process that was killed
         path.unlink(missing_ok=True)
     drop_all(out)
 

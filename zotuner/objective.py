@@ -20,6 +20,8 @@ from zotuner.scoring import CausalScorer, Generator, MaskedScorer, Prefix
 from zotuner.tasks import Example, Kind, Mean, Score, Task
 from zotuner.tasks.from_python import load_score
 
+LEAST_PROMPT = 16  # tokens of a prompt that is answered freely
+
 
 class Sized(Protocol):
     """A batch of examples."""
@@ -288,13 +290,18 @@ def objective_for(
 
     Raises:
         ZotunerError: The task has no such metric, or it is none of single answers; or there is no such function; or
-            virtual tokens take all that the model reads.
+            virtual tokens, or answers, take all that the model reads.
     """
     options["kind"] = kind_of(model)
     limit, virtual = max_positions(model, tokenizer), virtual_tokens(model)
     if limit is not None and limit - virtual < 2:
         raise ZotunerError(f"--adapter-tokens {virtual} leaves no room in the {limit} tokens that the model reads")
     options["max_length"] = max_length if limit is None else min(max_length, limit - virtual)
+    if task.generates and options["max_length"] - task.max_new_tokens < LEAST_PROMPT:
+        raise ZotunerError(
+            f"task {task.name}: answers of up to {task.max_new_tokens} tokens leave less than {LEAST_PROMPT} of "
+            f"{options['max_length']} for the prompt; raise --max-length, if the model reads more"
+        )
     if reward is None:
         return Objective(task, tokenizer, **options)
     return Reward(task, tokenizer, _score(task, reward), **options)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +39,7 @@ from zotuner.steppers import Stepper, Taken, ZOStepper
 from zotuner.tasks import Example, Splits, batches, digest
 from zotuner.tuner import Tuner, versions
 
-BEST = "best.safetensors"  # the best weights so far, for the time of a run
+BEST = "best-*.safetensors"  # weights by the step of their evaluation: the best so far; for the time of a run
 LEDGER, METRICS, EVALS, SCALES = "ledger.bin", "metrics.jsonl", "evals.jsonl", "scales.jsonl"
 SECONDS_DIGITS = 4  # that rows keep
 SCALES_ROWS = 100  # about so many of a run's steps leave their scales
@@ -77,6 +78,11 @@ class Progressed:
     skipped: int = 0
     clipped: int = 0
     skipped_in_a_row: int = 0
+
+
+def best_file(out: Path, step: int) -> Path:
+    """Where the weights are kept that were the best so far after a step."""
+    return out / BEST.replace("*", str(step))
 
 
 class Training:
@@ -124,7 +130,7 @@ class Training:
         self._dev = _Dev(config, setup, evaluated, self.totals, display, reached)
 
     def run(self) -> tuple[Progressed, dict[str, Any]]:
-        """Takes what steps are left; the weights of the best evaluation on dev lie in `BEST` then.
+        """Takes what steps are left; the weights of the best evaluation on dev lie in its `best_file` then.
 
         Returns:
             The totals, and what dev said.
@@ -258,6 +264,7 @@ class Training:
             optimizer_tensors(self._stepper.optimizer),
             state,
         )
+        self._dev.snapshot_taken()
 
     def _restore(self) -> None:
         """Goes back to the last snapshot that the ledger reaches, if there is one."""
@@ -299,7 +306,11 @@ class Training:
 
 
 class _Dev:
-    """Evaluates on the development examples, and keeps the weights that did best on them."""
+    """Evaluates on the development examples, and keeps the weights that did best on them.
+
+    Two files of them at most: of the best when the last snapshot was taken, which a run that goes on from there may end
+    with, and of the best since.
+    """
 
     def __init__(
         self,
@@ -319,6 +330,7 @@ class _Dev:
         for step in sorted(self._kept):
             if 0 < step <= totals.steps:  # the steps up to here are not taken again
                 self._compare(step, self._came(step))
+        self._at_snapshot = self._best_step
 
     def begin(self) -> None:
         """Evaluates the starting weights."""
@@ -339,8 +351,24 @@ class _Dev:
         metrics = "".join(f", {name} {value:.3f}" for name, value in self.last.items() if name != "loss")
         self._display.say(f"step {step}: dev loss {self.last['loss']:.4f}{metrics}")
         if self._compare(step, self.last):
-            keep_weights(self._setup.model, self._config.out / BEST)  # before the row, which says that they are there
+            # before the row, which says that they are there
+            keep_weights(self._setup.model, best_file(self._config.out, step))
+            self._drop(lambda other: self._at_snapshot < other < step)
         self._write(step, found)
+
+    def snapshot_taken(self) -> None:
+        """A run that goes on does so from here."""
+        self._at_snapshot = self._best_step
+        self._drop(lambda other: other < self._at_snapshot)
+
+    @property
+    def _best_step(self) -> int:
+        return 0 if self.best is None else int(self.best["step"])
+
+    def _drop(self, superseded: Callable[[int], bool]) -> None:
+        for path in self._config.out.glob(BEST):
+            if superseded(int(path.stem.rpartition("-")[2])):
+                path.unlink()
 
     def _evaluate(self, step: int) -> Evaluation:
         return self._evaluated(self._setup.splits.dev, "dev", f"after step {step} of {self._config.steps}")

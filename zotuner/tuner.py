@@ -193,7 +193,7 @@ class Tuner:
         Raises:
             ValueError: Other scales, or another number of them.
         """
-        blocks = find_blocks(model)
+        blocks = find_blocks(model, about.get("granularity", "block"))
         if sigma.shape != (len(blocks),):
             raise ValueError(f"expected a scale for each of {len(blocks)} blocks, got {tuple(sigma.shape)}")
         return cls(_info(blocks, FeatureSpec(), architecture="static", **about), StaticBank(sigma))

@@ -31,8 +31,8 @@ class StepInfo:
         step: Its number, from 0; noise was drawn with it.
         losses: Two-point: (loss_plus, loss_minus). One-sided: (l_0, l_1, ..., l_N). Three-point: (l_0, plus, minus).
         coefficients: Of each perturbation: the gradient's estimate is sum_k coefficients[k] u_k.
-        forwards: Losses that the step took. (The first step of a model whose parameters are read outside their
-            modules calls the closure once more, to find out.)
+        forwards: Losses that the step took. (The first step may call the closure once more: to find out which
+            parameters are read outside their modules, or whether losses evaluated together are those evaluated alone.)
         scales: The normalised sigma~ (n,) float64, or None where every block has scale 1.
         skipped: A loss was not finite: no update was made.
         clipped: The coefficients are smaller than the losses say, see `zotuner.optim.clip`.
@@ -145,6 +145,26 @@ class ZOOptimizer(torch.optim.Optimizer):
             branch_threads=branch_threads,
             compute_dtype=compute_dtype,
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The one group is made with the optimizer, of the model's blocks.
+
+        Raises:
+            ValueError: It is there already.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "parameters are the model's: set requires_grad of those to tune, then make the optimizer"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuses copies and pickles, which would be without the model.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"{type(self).__name__} is of one model in memory: copy or save its state_dict() instead")
 
     def _begin_state(self) -> None:
         """What the update keeps for each element, as it begins, where it is not there."""

@@ -14,6 +14,17 @@ from zotuner.batch import left_padded
 from zotuner.scoring.causal import CausalScorer
 from zotuner.scoring.prefix import Prefix
 
+GREEDY = {  # stated one by one, since what is not comes from the model's own generation config
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
@@ -73,7 +84,7 @@ class Generator:
             ids, mask = (_moved(x, mask, len(prefix.ids)) for x in (ids, mask))
             options["past_key_values"] = prefix.repeated(len(ids))
         config = GenerationConfig(
-            do_sample=False,
+            **GREEDY,
             max_new_tokens=self._max_new_tokens,
             stop_strings=[self._stop],
             eos_token_id=self._eos(model),

@@ -133,8 +133,12 @@ class DescribedTask(Task):
 
     def _each_answer(self, row: Row) -> list[Row]:
         """The row, once for each item of a list in a field of the answer."""
-        lists = [name for name in _fields(str(self.described.answer)) if isinstance(row[name], list)]
+        lists = self._lists(row)
         return [row | {lists[0]: item} for item in row[lists[0]]] if lists else [row]
+
+    def _lists(self, row: Row) -> list[str]:
+        """Fields of the answer that hold several."""
+        return [name for name in _fields(str(self.described.answer or "")) if isinstance(row[name], list)]
 
     def _check(self, row: Row, where: str) -> None:
         for key, name in self.used:
@@ -142,6 +146,8 @@ class DescribedTask(Task):
                 raise ZotunerError(f"{self.file}: {key}: {unknown('field', name, row)} ({where})")
         for key, name in self.used:
             self._check_field(row[name], f"{where}: field {name!r}", key)
+        if len(lists := self._lists(row)) > 1:
+            raise ZotunerError(f"{where}: expected one field of the answer to be a list, got {', '.join(lists)}")
         if self.generates:
             texts = [_render(str(self.described.answer), one) for one in self._each_answer(row)]
         else:
