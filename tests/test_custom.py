@@ -495,6 +495,14 @@ def test_a_broken_table_is_one_line_that_names_it(tmp_path: Path, name: str, con
         ('"own"', '"own"; dev_size = "a"', ": class Own: dev_size: expected int, got 'a'"),
         ('"own"', '"own"; metrics = {"x": 1.0}', ": class Own: metrics: expected a function for 'x', got 1.0"),
         ('"own"', '"own"; metrics = {"step": len}', "metrics: a metric cannot be called 'step'"),
+        ('"own"', '"own"; metrics = {1: len}', "metrics: expected text for a metric's name, got 1"),
+        ('"own"', '"own"; generates = True; stop = ""', ": class Own: expected a text in stop and a positive"),
+        ('"own"', '"own"; generates = True; max_new_tokens = 0', "whose answers are generated, got '\\n' and 0"),
+        ('"own"', '"own"; __init__ = lambda self, data_dir: 1 / 0', ", line 5: ZeroDivisionError: division by zero"),
+        ('"own"', '"own"; labelled = lambda self, row: 1 / 0', ", line 5: ZeroDivisionError: division by zero"),
+        ("0)", "True)", ": expected example to return a zotuner.Example"),
+        ('(" a", " b")', "(1, 2)", ": expected example to return a zotuner.Example"),
+        ('row["text"]', "None", ": expected example to return a zotuner.Example"),
     ],
 )
 def test_a_mistake_in_a_python_file_is_one_line(
@@ -558,7 +566,8 @@ def test_a_metric_takes_the_name_of_nothing_else(tmp_path: Path, metrics: list[s
 def test_a_metric_of_a_python_task_judges_all_answers_and_blames_the_file(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "x"}\n' * 4)
     code = CLASS.replace(
-        '"own"', '"own"; metrics = {"share": lambda a, e: sum(x == "y" for x in a) / len(e), "bad": abs}'
+        '"own"',
+        '"own"; metrics = {"share": lambda a, e: sum(x == "y" for x in a) / len(e), "bad": abs, "nothing": print}',
     )
     (tmp_path / "own.py").write_text(code)
     metrics = get_task(tmp_path / "own.py").metrics
@@ -566,6 +575,8 @@ def test_a_metric_of_a_python_task_judges_all_answers_and_blames_the_file(tmp_pa
     assert metrics["share"](["y", "x"], examples) == 0.5
     with pytest.raises(ZotunerError, match=r"own\.py, line \?: TypeError: abs\(\) takes"):
         metrics["bad"](["y", "x"], examples)
+    with pytest.raises(ZotunerError, match=r"own\.py, line \?: TypeError: float\(\) argument must be"):
+        metrics["nothing"](["y", "x"], examples)
 
 
 def test_a_task_file_that_is_not_there_is_one_line_of_the_command_line(

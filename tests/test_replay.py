@@ -15,7 +15,7 @@ from test_cli import assert_one_error_line, call
 
 from zotuner import noise
 from zotuner.ledger import Ledger, read_ledger, write_ledger
-from zotuner.models import load_model, weights_sha256
+from zotuner.models import known_as, load_model, weights_sha256
 from zotuner.tuner import Tuner
 
 Run = Callable[[str], Path]
@@ -75,6 +75,36 @@ def test_a_shared_file_makes_the_model_from_its_base(
     assert call("apply", file, "--model", model_dir, "--out", tmp_path / "model", *words) == 0
     dtype = "bfloat16" if method == "half" else "float32"
     assert sha256_of(tmp_path / "model", dtype) == summary_of(run)["weights_sha256"]
+
+
+def test_a_file_to_share_names_no_folder_that_is_gone(finished: Run, model_dir: Path, tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "run.zoledger"
+    shutil.copytree(finished("zo-finetuner"), run)
+    header, _ = read_ledger(run / "ledger.bin")
+    gone = {"model": "/home/me/secret/model", "tuner": "/home/me/secret/tuner"}
+    header["config"] |= gone
+    write_ledger(run / "ledger.bin", header | gone, read_ledger(run / "ledger.bin")[1])
+    assert call("export", run, "--out", file) == 0
+    assert b"secret" not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("acme/tuner@refs/pr/1", "acme/tuner@refs/pr/1"),
+        ("/home/me/tuner", "tuner"),
+        ("../tuner", "tuner"),
+        ("runs/one/model", "model"),
+    ],
+)
+def test_of_a_path_the_last_part_is_told(name: str, known: str) -> None:
+    assert known_as(name) == known
+
+
+def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert known_as(".") == tmp_path.name
 
 
 def test_a_replay_stops_at_any_step(finished: Run, model_dir: Path, tmp_path: Path, capsys: Any) -> None:

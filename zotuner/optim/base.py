@@ -153,9 +153,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             ValueError: It is there already.
         """
         if self.param_groups:
-            raise ValueError(
-                "parameters are the model's: set requires_grad of those to tune, then make the optimizer"
-            )
+            raise ValueError("parameters are the model's: set requires_grad of those to tune, then make the optimizer")
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:

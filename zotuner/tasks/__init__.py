@@ -55,7 +55,8 @@ def get_task(name: str, data_dir: str | Path | None = None) -> Task:
 
     Args:
         name: One of `TASKS`, a .yaml file, or a .py file with one subclass of `Task`.
-        data_dir: Reads `data_dir/<name>/<split>.jsonl` in place of the Hub, or of the task's own files.
+        data_dir: Reads `data_dir/<name>/<split>.jsonl` in place of the Hub, or of the task's own files; of a task whose
+            rows are in the package, where that folder exists.
 
     Raises:
         ZotunerError: An unknown name; suggests the nearest one. A file that describes no task.

@@ -238,13 +238,15 @@ class Task(ABC):
 
 
 class EmbeddedTask(Task):
-    """A task whose rows are in the package, with labelled test rows."""
+    """A task whose rows are in the package, with labelled test rows; `data_dir` may hold others."""
 
     hub = None
     dev_split = "validation"
     test_split = "test"
 
     def _read(self, split: str) -> tuple[str, list[Row]]:
+        if self.data_dir is not None and (self.data_dir / self.name).is_dir():
+            return super()._read(split)
         path = Path(__file__).parent / "data" / self.name / f"{split}.jsonl"
         return path.name, read_rows(path)
 

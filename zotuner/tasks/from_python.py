@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from inspect import isclass
 from pathlib import Path
 from types import ModuleType, UnionType
-from typing import get_args
+from typing import Any, get_args
 
 from zotuner.errors import ZotunerError, unknown
 from zotuner.tasks.base import Loss, Row, Task, check_metrics
@@ -22,7 +22,7 @@ ATTRIBUTES = {
     **dict.fromkeys(("labels", "dev_size", "max_new_tokens"), int),
     "generates": bool,
 }
-METHODS = ("example", "masked", "label", "rows")
+METHODS = ("__init__", "example", "masked", "label", "labelled", "rows")
 
 
 def class_of(file: Path) -> type[Task]:
@@ -50,7 +50,7 @@ def class_of(file: Path) -> type[Task]:
     _check_attributes(f"{file}: class {task.__name__}", task)
     blaming = _blaming(file)
     task.metrics = {
-        name: Mean(blaming(metric.score)) if isinstance(metric, Mean) else blaming(metric)
+        name: Mean(blaming(_number(metric.score))) if isinstance(metric, Mean) else blaming(_number(metric))
         for name, metric in task.metrics.items()
     }
     for name in METHODS:
@@ -72,8 +72,15 @@ def _check_attributes(where: str, task: type[Task]) -> None:
         if not isinstance(field, type | UnionType):
             raise ZotunerError(f"{where}: fields: expected a type for {name!r}, such as str, got {field!r}")
     for name, metric in task.metrics.items():
+        if not isinstance(name, str):
+            raise ZotunerError(f"{where}: metrics: expected text for a metric's name, got {name!r}")
         if not callable(metric):
             raise ZotunerError(f"{where}: metrics: expected a function for {name!r}, got {metric!r}")
+    if task.generates and not (task.stop and task.max_new_tokens >= 1):
+        raise ZotunerError(
+            f"{where}: expected a text in stop and a positive max_new_tokens of a task whose answers are generated, "
+            f"got {task.stop!r} and {task.max_new_tokens}"
+        )
     check_metrics(f"{where}: metrics", list(task.metrics))
 
 
@@ -87,11 +94,16 @@ def load_score(file: Path, name: str) -> Score:
     if not callable(function):
         raise ZotunerError(f"{file}: expected a function {name!r}, found none")
 
-    @_blaming(file)
-    def score(answer: str, example: Example) -> float:
-        return float(function(answer, example))
+    return _blaming(file)(_number(function))
 
-    return score
+
+def _number(function: Callable[..., Any]) -> Callable[..., float]:
+    """The same function, which raises unless it returns a number."""
+
+    def judged(*args: Any) -> float:
+        return float(function(*args))
+
+    return judged
 
 
 def _checked(file: Path, method: Callable[[Task, Row], Example]) -> Callable[[Task, Row], Example]:
@@ -99,11 +111,17 @@ def _checked(file: Path, method: Callable[[Task, Row], Example]) -> Callable[[Ta
 
     def written(task: Task, row: Row) -> Example:
         made = method(task, row)
-        good = isinstance(made, Example) and isinstance(made.candidates, tuple) and made.candidates
-        if not good or made.label not in range(len(made.candidates)):
+        good = (
+            isinstance(made, Example)
+            and isinstance(made.candidates, tuple)
+            and all(isinstance(text, str) for text in (made.prompt, *made.candidates, made.suffix))
+            and type(made.label) is int
+            and made.label in range(len(made.candidates))
+        )
+        if not good:
             raise ZotunerError(
-                f"{file}: expected {method.__name__} to return a zotuner.Example with a tuple of candidates and the "
-                f"number of the right one, got {made!r}"
+                f"{file}: expected {method.__name__} to return a zotuner.Example of a prompt, a tuple of candidates "
+                f"and the number of the right one, got {made!r}"
             )
         return made
 
