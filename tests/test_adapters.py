@@ -144,7 +144,7 @@ def test_a_model_in_half_precision_has_an_adapter_in_float32() -> None:
 def test_masked_models_have_adapters_in_their_layers(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     model = lively(tiny_roberta, kind)
     ids = torch.arange(3, 9)[None]
-    save_model(model, tokenizer, tmp_path / "model")
+    save_model(model, tokenizer, tmp_path / "model", "base")
     loaded = PeftModel.from_pretrained(tiny_roberta(vocab_size=400, initializer_range=0.2), tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -304,6 +304,17 @@ def test_a_row_that_is_not_the_measurement_it_should_be_is_named(
     assert "expected 23 losses of round 0, got" in assert_one_error_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("loss", ["x", None, [1]])
+def test_a_loss_that_is_no_number_is_named(
+    model_dir: Path, finished: Path, tmp_path: Path, capsys: Any, loss: object
+) -> None:
+    first, second, *rest = read_rows(finished / ROWS)
+    second["losses"][3] = loss
+    (tmp_path / ROWS).write_text("".join(json.dumps(row) + "\n" for row in (first, second, *rest)))
+    assert calibrated(model_dir, tmp_path) == 2
+    assert "expected 23 losses of round 0, got" in assert_one_error_line(capsys.readouterr().err)
+
+
 # The command
 
 

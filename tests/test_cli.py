@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -589,6 +592,34 @@ def test_an_interrupt_is_told_and_has_its_own_exit_code(
 # -------------------------------------------------------------------------------------------------- other commands
 
 
+@pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "No space left on device"), (errno.EACCES, "Permission")])
+def test_what_the_machine_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, says: str
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr("zotuner.preview.preview", refused)
+    assert call("tasks", "demo-copa") == 2
+    assert f"some/file: {says}" in assert_one_error_line(capsys.readouterr().err)
+
+
+def test_a_fault_of_ours_is_not_taken_for_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "some/file")
+
+    monkeypatch.setattr("zotuner.preview.preview", faulty)
+    with pytest.raises(FileNotFoundError):
+        call("tasks", "demo-copa")
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -m zotuner tasks demo-sentiment --show 200 | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "task demo-sentiment: classification, metrics: accuracy\n"
+    assert done.stderr == ""
+
+
 def test_report_shows_every_run_and_draws_their_curves(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -615,6 +646,40 @@ def test_a_report_in_a_pipe_keeps_its_numbers_whole(runs: dict[str, Path], monke
 def test_a_plot_of_runs_without_a_step_is_drawn(runs: dict[str, Path], tmp_path: Path) -> None:
     assert call("report", runs["none"], "--plot", tmp_path / "curves.png") == 0
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        (None, None, "content: Input should be a valid dictionary"),
+        ("final", None, "final: Input should be a valid dictionary"),
+        ("lr", "much", "lr: Input should be a valid number"),
+        ("dev", {"best": 3}, "dev.best: Input should be a valid dictionary"),
+    ],
+)
+def test_a_summary_that_is_not_one_is_named_with_its_key(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str | None, value: Any, says: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(runs["mezo"], out)
+    (out / "summary.json").write_text(json.dumps(None if key is None else summary_of(out) | {key: value}))
+    assert call("report", out) == 2
+    assert f"summary.json: expected that of a fine-tuning run: {says}" in assert_one_error_line(capsys.readouterr().err)
+
+
+def test_runs_of_one_name_are_told_apart_and_names_are_no_markup(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/mezo", "b/mezo", "mezo[b]"):
+        shutil.copytree(runs["mezo"], tmp_path / name)
+    assert call("report", "a/mezo", "b/mezo") == 0
+    assert call("report", "mezo[b]") == 0
+    monkeypatch.chdir("a/mezo")
+    assert call("report", ".") == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "mezo" in line]
+    assert names == ["a/mezo", "b/mezo", "mezo[b]", "mezo"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "broken summary", "meta-training", "a plot in no folder"])

@@ -247,7 +247,12 @@ def write_run(
     best = min(known, key=lambda row: row["loss"], default=None)
     summary = {
         **{"model": "m", "task": run.task, "method": run.config.method, "steps": 50, "forwards": 100, "tokens": 10},
-        **{"seconds": 30.0 + run.seed, "peak_rss_bytes": (1 + run.seed) << 30, "examples": {"test": 96}},
+        **{
+            "lr": run.config.lr,
+            "seconds": 30.0 + run.seed,
+            "peak_rss_bytes": (1 + run.seed) << 30,
+            "examples": {"test": 96},
+        },
         "zero_shot": {"loss": 0.9, "accuracy": 0.5},
         "final": {"loss": test, "accuracy": accuracy, **final},
         "dev": best and {"best": {"step": best["step"], "loss": best["loss"]}},

@@ -51,9 +51,22 @@ def test_the_demo_replaces_no_run_of_somebody_else(
     assert main(["demo", "--out", str(out.parent), "--tuner", str(tuner)]) == 2
     assert "expected a new folder or an earlier demo's" in capsys.readouterr().err
     assert (out / "config.yaml").read_bytes() == before
+    for folder, name in ((out, "config.yaml"), (tmp_path / "pictures", "loss.png")):
+        folder.mkdir(exist_ok=True)
+        (folder / name).touch()
+        (folder / "thesis.tex").touch()
+        assert main(["demo", "--out", str(folder), "--tuner", str(tuner)]) == 2
+        assert "expected a new folder or an earlier demo's" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["demo", "--out", str(tmp_path / "file" / "x"), "--tuner", str(tuner)]) == 2
     assert "is a file; choose another --out" in capsys.readouterr().err
+
+
+def test_forwards_that_no_step_of_fzoo_fits_in_are_refused(
+    tuner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--tuner", str(tuner), "--forwards", "17"]) == 2
+    assert "--forwards: expected at least 18, which make whole steps of each, got 17" in capsys.readouterr().err
 
 
 def test_the_demo_says_where_a_tuner_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,28 @@ def test_a_folder_whose_building_fails_leaves_the_old_one(tmp_path: Path) -> Non
     assert tree(tmp_path) == {"folder/old.txt": b"old"}
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with built_aside(tmp_path / "link") as aside:
+        (aside / "new.txt").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert tree(tmp_path / "real") == {"new.txt": b"new"}
+
+
+def test_a_folder_that_cannot_be_moved_aside_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old.txt").write_text("old")
+
+    def build() -> None:
+        with built_aside(tmp_path / "folder"):
+            monkeypatch.setattr(Path, "rename", refuse)
+
+    with pytest.raises(OSError, match="no space"):
+        build()
+    assert tree(tmp_path) == {"folder/old.txt": b"old"}
+
+
 def made(out: Path, kind: str) -> None:
     """Puts something at `out`."""
     if kind == "file":

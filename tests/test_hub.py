@@ -22,7 +22,7 @@ from zotuner.card import ORIGINALS, card
 from zotuner.errors import ZotunerError
 from zotuner.hub import AUTO, MOST_MODELS, find_tuner
 from zotuner.ledger import read_ledger
-from zotuner.models import PACKAGED
+from zotuner.models import PACKAGED, save_model
 from zotuner.training import LEDGER
 from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Result, Tuner, shipped
 
@@ -113,9 +113,13 @@ def test_what_lies_beside_a_tuner_is_not_lost_by_pulling_another_there(
     words = ["tuner", "pull", "acme/tuner", "--out", tmp_path / "out", "--overwrite"]
     (tmp_path / "out" / "measurements.jsonl").write_text("dear")
     assert call(*words) == 2
-    assert "holds more than a tuner (measurements.jsonl)" in assert_one_error_line(capsys.readouterr().err)
-    (tmp_path / "out" / "measurements.jsonl").unlink()
+    says = "holds a calibration (measurements.jsonl), which would be lost"
+    assert says in assert_one_error_line(capsys.readouterr().err)
+    (tmp_path / "out" / "measurements.jsonl").rename(tmp_path / "out" / "notes.txt")
+    (tmp_path / "out" / "measured.json").write_text("of the tuner that was there")
     assert call(*words) == 0
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"notes.txt", WEIGHTS, DESCRIPTION, CARD}
 
 
 def test_a_damaged_tuner_is_not_pulled(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,6 +310,20 @@ def test_without_a_network_a_folder_still_leads_to_a_shipped_tuner(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert found(write_card(tmp_path / "mine", base=["acme/unknown", ORIGINAL]))[0] == SHIPPED
+
+
+def test_a_saved_adapter_leads_to_the_base_that_it_is_for(hub: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "smollm2-135m-instruct"}))
+    assert found(folder)[0] == SHIPPED
+
+
+def test_a_model_that_was_saved_here_leads_to_its_base(hub: HubServer, tokenizer: Any, tmp_path: Path) -> None:
+    save_model(tiny_llama(), tokenizer, tmp_path / "mine", "smollm2-135m-instruct")
+    assert found(tmp_path / "mine")[0] == SHIPPED
+    save_model(tiny_llama(), tokenizer, tmp_path / "another", str(tmp_path / "mine"))
+    assert not (tmp_path / "another" / CARD).exists()
 
 
 # Used by a run

@@ -79,6 +79,18 @@ def test_without_a_model_every_net_is_told_the_statistics_it_is_centred_at() -> 
     assert f"mean {tuner.spec.shift[3]:.3g}" in sigmas(tuner).told
 
 
+def test_at_which_first_loss_other_losses_are_is_told() -> None:
+    assert "; at other losses, of a run that began at 2" in sigmas(trained("exp")).told
+    assert "began" not in sigmas(trained("abs")).told
+
+
+def test_embedding_rows_that_only_a_model_can_tell_are_pointed_out() -> None:
+    tuner = trained("abs")
+    tuner.info = tuner.info.model_copy(update={"embedding_rows": 3})
+    assert "embedding tables count whole" in sigmas(tuner).told
+    assert "embedding" not in sigmas(tuner, tiny_llama()).told
+
+
 def test_a_tuner_without_normalisation_shows_sigma_as_it_is() -> None:
     found = sigmas(fresh(normalized=False))
     assert found.name == "sigma"

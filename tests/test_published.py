@@ -35,7 +35,7 @@ from zotuner.pickled import Evaluation, Limits
 from zotuner.pth import read_pth
 from zotuner.published import INPUTS, import_tuner, limits, read_nets
 from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner
-from zotuner.tuner_out import check_tuner_out
+from zotuner.tuner_out import claimed
 
 Nets = dict[str, Any]
 CONTAINERS = ("zip", "legacy")
@@ -733,9 +733,15 @@ def test_a_folder_of_something_else_is_kept(tmp_path: Path, files: list[str], sa
     for name in files:
         (tmp_path / name).write_text("mine")
     with pytest.raises(ZotunerError, match=says):
-        check_tuner_out(tmp_path, overwrite)
+        claim(tmp_path, overwrite)
     with pytest.raises(ZotunerError, match="found a file"):
-        check_tuner_out(tmp_path / files[0], overwrite)
+        claim(tmp_path / files[0], overwrite)
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
+def claim(out: Path, overwrite: bool) -> None:
+    with claimed(out, overwrite):
+        raise AssertionError("the folder was to be refused")
 
 
 @pytest.mark.parametrize(

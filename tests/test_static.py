@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import zotuner
 from zotuner.block_types import block_types
 from zotuner.blocks import find_blocks
-from zotuner.controls.fresh import of_types
+from zotuner.controls.fresh import by_hand, of_types
 from zotuner.controls.measure import statistics_of
 from zotuner.controls.scales import FLOOR, Estimate, Statistics, scales_of
 from zotuner.errors import ZotunerError
@@ -27,6 +28,7 @@ from zotuner.models import load_model, weights_sha256
 from zotuner.optim import ZOFineTuner
 from zotuner.pertnn import StaticBank
 from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner
+from zotuner.tuner_out import ROWS
 
 N = 21  # blocks of `tiny_llama()`
 
@@ -418,6 +420,28 @@ def test_another_tuner_in_its_place_leaves_no_table_behind(model_dir: Path, tmp_
     assert call("tuner", "measure", "--model", model_dir, "--out", out, *words) == 0
     assert call("tuner", "init", "--model", model_dir, "--out", out, "--overwrite") == 0
     assert sorted(path.name for path in out.iterdir()) == sorted([WEIGHTS, DESCRIPTION, CARD])
+
+
+def test_a_tuner_that_came_while_another_was_made_is_kept(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Two processes with the same --out: the second is told of the first."""
+
+    def meanwhile(*options: Any) -> Tuner:
+        assert call("tuner", "init", "--model", model_dir, "--out", tmp_path / "t") == 2
+        return by_hand(*options)
+
+    monkeypatch.setattr("zotuner.controls.commands.by_hand", meanwhile)
+    assert call("tuner", "static", "--model", model_dir, "--out", tmp_path / "t", "--layers", "0") == 0
+    assert f"process {os.getpid()} is writing to it" in capsys.readouterr().err
+
+
+def test_a_calibration_is_not_replaced_by_another_tuner(model_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["--model", model_dir, "--out", tmp_path / "t"]
+    assert call("tuner", "init", *words) == 0
+    (tmp_path / "t" / ROWS).write_text("dear")
+    assert call("tuner", "init", *words, "--overwrite") == 2
+    assert f"holds a calibration ({ROWS}), which would be lost" in capsys.readouterr().err
 
 
 def test_batches_that_would_share_examples_are_refused(model_dir: Path, tmp_path: Path, capsys: Any) -> None:

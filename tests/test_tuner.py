@@ -20,6 +20,7 @@ from torch import Tensor
 from zotuner.blocks import find_blocks, moments
 from zotuner.card import card
 from zotuner.errors import ZotunerError
+from zotuner.files import write_atomically
 from zotuner.pertnn import ARCHITECTURES, FEATURES
 from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner
 
@@ -178,6 +179,42 @@ def test_saving_over_a_tuner_replaces_it(folder: Path) -> None:
     trained("abs").save_pretrained(folder)
     assert Tuner.from_pretrained(folder).info.architecture == "abs"
     assert sorted(path.name for path in folder.iterdir()) == sorted([WEIGHTS, DESCRIPTION, CARD])
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CARD, DESCRIPTION])
+def test_a_tuner_that_was_replaced_in_part_is_none(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(path: Path, content: str | bytes) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        write_atomically(path, content)
+
+    monkeypatch.setattr("zotuner.tuner.write_atomically", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trained("abs").save_pretrained(folder)
+    with pytest.raises(ZotunerError, match=r"tuner\.json: missing"):
+        Tuner.from_pretrained(folder)
+
+
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(folder: Path) -> None:
+    for name, what in ((folder, "a folder"), ("smollm2-135m-instruct", "a tuner of the package")):
+        with pytest.raises(ZotunerError, match=f"revisions are of tuners on the Hub, and this is {what}; got 'main'"):
+            Tuner.from_pretrained(name, revision="main")
+
+
+def test_a_description_that_cannot_be_read_is_one_line(folder: Path) -> None:
+    (folder / DESCRIPTION).unlink()
+    (folder / DESCRIPTION).mkdir()
+    with pytest.raises(ZotunerError, match=r"tuner\.json: cannot be read: Is a directory"):
+        Tuner.from_pretrained(folder)
+
+
+def test_nets_that_give_no_block_any_noise_are_refused() -> None:
+    tuner = Tuner.for_model(tiny_llama(), "abs")
+    with torch.no_grad():
+        for param in tuner.bank.parameters():
+            param.zero_()
+    with pytest.raises(ZotunerError, match="the tuner: gives no block any noise"):
+        tuner.scales(random(21, 5))
 
 
 def test_a_loaded_tuner_can_be_trained_on(folder: Path) -> None:
@@ -482,6 +519,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from zotuner.errors import ZotunerError
+from zotuner.files import write_atomically
 from zotuner.tuner import Tuner
 
 def refusal(*args):

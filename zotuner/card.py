@@ -53,6 +53,16 @@ def hub_base(name: str) -> str | None:
     return ORIGINALS.get(name) or (name if re.fullmatch(HUB_ID, name) else None)
 
 
+def model_card(base: str) -> str:
+    """The card of a model that was fine-tuned here, which says where it comes from.
+
+    Args:
+        base: The Hub id of its base model.
+    """
+    front = yaml.safe_dump({"base_model": base, "tags": ["zotuner"]}, sort_keys=False)
+    return f"---\n{front}---\n\nFine-tuned from {base} with zotuner.\n"
+
+
 def card(info: dict[str, Any]) -> str:
     """Markdown with the metadata that the Hub reads.
 

@@ -45,20 +45,22 @@ def sync(path: Path) -> None:
 @contextmanager
 def built_aside(target: Path) -> Iterator[Path]:
     """A folder to fill: it appears as `target`, in place of what was there, when the block ends well, and only then."""
+    target = target.resolve()  # "." has no name, and a link is not to be replaced itself
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    room = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    aside, before = room / "new", room / "old"
+    aside.mkdir()
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
             path.chmod(0o755 if path.is_dir() else 0o644)  # some libraries write files for their owner alone
             sync(path)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(before)
         aside.rename(target)
         sync(target.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
 
 
 def is_run(folder: Path) -> bool:
@@ -67,11 +69,18 @@ def is_run(folder: Path) -> bool:
 
 
 def is_vacant(out: Path, what: str) -> bool:
-    """Whether a folder for a "run" or "tuner" is empty, or can be made.
+    """Whether a folder for a "run", "tuner" or "model" is empty, or can be made.
 
     Raises:
-        ZotunerError: There is a file in its place, or in that of a folder above it.
+        ZotunerError: There is a file in its place, or in that of a folder above it; or it cannot be looked into.
     """
+    try:
+        return _is_vacant(out, what)
+    except OSError as error:
+        raise ZotunerError(f"{out}: cannot be used: {error.strerror or error}; choose another --out") from None
+
+
+def _is_vacant(out: Path, what: str) -> bool:
     if out.exists() and not out.is_dir():
         raise ZotunerError(f"{out}: expected a folder for the {what}, found a file; choose another --out")
     above = next(parent for parent in out.absolute().parents if parent.exists())

@@ -173,7 +173,7 @@ def _run(
         restore_weights(setup.model, best_file(config.out, dev["best"]["step"]))
         final = tested("final", "after the last step")
     if config.save_model:
-        save_model(setup.model, setup.tokenizer, config.out / "model")
+        save_model(setup.model, setup.tokenizer, config.out / "model", config.model)
     return {
         "model": config.model,
         "task": setup.objective.task.name,

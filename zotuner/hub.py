@@ -3,7 +3,6 @@
 model  ->  a tuner of it, shipped or on the Hub  |  its base models, as its card states them  ->  theirs  ->  ...
 """
 
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import yaml
 
+from zotuner.adapters import ADAPTER_CONFIG, base_of
 from zotuner.card import ORIGINALS, TAGS, hub_base
 from zotuner.errors import ZotunerError
-from zotuner.files import built_aside
 from zotuner.remote import asking
-from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner, locate, shipped
-from zotuner.tuner_out import check_tuner_out
+from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner, locate, shipped, write_files
+from zotuner.tuner_out import claimed, replacing
 
 AUTO = "auto"  # in place of a tuner's name: the one for the model
 MOST_MODELS = 16  # that are looked at on the way to a base with a tuner
@@ -56,19 +55,12 @@ def pull(name: str, out: Path, *, revision: str | None = None, overwrite: bool =
     Raises:
         ZotunerError: No such tuner, or a damaged one; the folder holds something else.
     """
-    check_tuner_out(out, overwrite)
-    others = sorted({path.name for path in out.iterdir()} - {WEIGHTS, DESCRIPTION, CARD}) if out.is_dir() else []
-    if others:
-        raise ZotunerError(f"{out}: holds more than a tuner ({others[0]}), which would be lost; choose another --out")
-    folder, source = locate(name, revision)
-    tuner = Tuner.from_pretrained(folder)
-    try:
-        with built_aside(out) as aside:
-            for file in (WEIGHTS, DESCRIPTION, CARD):
-                if (folder / file).exists():
-                    shutil.copyfile(folder / file, aside / file)
-    except OSError as error:
-        raise ZotunerError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
+    with claimed(out, overwrite):
+        folder, source = locate(name, revision)
+        tuner = Tuner.from_pretrained(folder)
+        card = (folder / CARD).read_bytes() if (folder / CARD).exists() else None
+        with replacing(out):
+            write_files(out, (folder / WEIGHTS).read_bytes(), (folder / DESCRIPTION).read_bytes(), card)
     base = tuner.info.base_model or "a model that it does not name"
     return f"{out}: tuner {source} for {len(tuner.block_names)} blocks of {base}"
 
@@ -164,13 +156,15 @@ def _base_in(tags: list[str]) -> str:
 
 
 def _bases_of(model: str) -> tuple[str, ...]:
-    """The base models that a model's card states.
+    """The base models that a model's card states; of a folder with an adapter, the one that this is for.
 
     Raises:
-        ZotunerError: The card cannot be had, or be read.
+        ZotunerError: The card, or the adapter's description, cannot be had, or be read.
     """
     from huggingface_hub.repocard import metadata_load
 
+    if (Path(model) / ADAPTER_CONFIG).is_file():
+        return (base_of(Path(model)),)
     path = _card_of(model)
     if path is None:
         return ()

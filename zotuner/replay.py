@@ -137,6 +137,8 @@ def rebuild(
     """
     if not is_vacant(out, "model"):
         raise ZotunerError(f"{out}: expected an empty folder or a new one; choose another --out")
+    if out.resolve() == Path.cwd():
+        raise ZotunerError(f"{out}: is the current folder, in whose place the model's would come; choose another --out")
     stop = _stop(recorded, step)
     config, name = recorded.config, base or recorded.header.model
     if config.quantize is not None and config.adapter == "none":
@@ -161,7 +163,7 @@ def rebuild(
                 f"{recorded.path}: after {stop} steps the weights have SHA-256 {sha256}, "
                 f"the run recorded {recorded.final.weights_sha256}"  # type: ignore[union-attr]
             )
-        save_model(model, tokenizer, out)
+        save_model(model, tokenizer, out, name)
     verified = "as the run recorded" if whole else "no record to compare with: the run did not deliver this step"
     return f"{out}: the model after {stop} steps, SHA-256 {sha256} ({verified})"
 

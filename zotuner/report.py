@@ -4,14 +4,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ValidationError
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
-from zotuner.errors import ZotunerError
+from zotuner.errors import ZotunerError, repeated
 from zotuner.metrics import read_json, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+class Best(BaseModel):
+    """The evaluation on dev whose weights a run delivered. Here and below: null for what was not finite."""
+
+    step: int
+    loss: float | None
+
+
+class Dev(BaseModel):
+    """What dev said of a run."""
+
+    best: Best
+
+
+class Summary(BaseModel):
+    """What a table needs of a `summary.json`, which holds more."""
+
+    model: str
+    task: str
+    method: str
+    lr: float | None
+    steps: int
+    forwards: int
+    seconds: float
+    peak_rss_bytes: int
+    zero_shot: dict[str, float | None] | None
+    final: dict[str, float | None]
+    dev: Dev | None
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -23,11 +54,14 @@ def read_summary(run: Path) -> dict[str, Any]:
     path = run / "summary.json"
     if not path.exists():
         raise ZotunerError(f"{run}: expected a finished run, but it has no summary.json")
-    summary: dict[str, Any] = read_json(path)
-    missing = {"model", "task", "method", "zero_shot", "final"} - set(summary)
-    if missing:
-        raise ZotunerError(f"{run}: expected a fine-tuning run, but its summary has no {', '.join(sorted(missing))}")
-    return summary
+    summary = read_json(path)
+    try:
+        Summary.model_validate(summary)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ZotunerError(f"{path}: expected that of a fine-tuning run: {key or 'content'}: {first['msg']}") from None
+    return dict(summary)
 
 
 def number(value: float | None, spec: str) -> str:
@@ -51,7 +85,7 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
     out = new_table(title, "run", "lr", "steps", "forwards", "sec", "GiB", "dev @step", "loss", metric)
     several = len({(s["model"], s["task"]) for s in summaries}) > 1
     shown: set[tuple[str, str]] = set()
-    for run, s in zip(runs, summaries, strict=True):
+    for name, s in zip(_names(runs), summaries, strict=True):
         zero = s["zero_shot"]
         if zero is not None and (s["model"], s["task"]) not in shown:
             shown.add((s["model"], s["task"]))
@@ -62,7 +96,7 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
             )
         best = (s["dev"] or {}).get("best")
         out.add_row(
-            run.name if s["method"] in run.name else f"{run.name} ({s['method']})",
+            escape(name if s["method"] in name else f"{name} ({s['method']})"),
             f"{s['lr']:g}" if s["steps"] else "",
             str(s["steps"]),
             str(s["forwards"]),
@@ -72,6 +106,12 @@ def table(runs: Sequence[Path], title: str | None = None) -> Table:
             *_loss_and_metric(s["final"], metric),
         )
     return out
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The folders' own names, as long as these tell them apart."""
+    names = [run.resolve().name for run in runs]
+    return names if repeated(names) is None else [str(run) for run in runs]
 
 
 def main_metric(evaluated: dict[str, Any]) -> tuple[str, float | None]:
@@ -95,6 +135,9 @@ def plot(runs: Sequence[Path], path: Path) -> None:
         if not (run / "evals.jsonl").exists():
             continue
         rows = read_rows(run / "evals.jsonl")
+        for place, row in enumerate(rows, start=1):
+            if not {"forwards", "loss"} <= row.keys():
+                raise ZotunerError(f"{run / 'evals.jsonl'}, row {place}: expected forwards and loss, got {list(row)}")
         summary = read_summary(run)
         label = f"{summary['method']}, lr {summary['lr']:g}"
         axes.plot([r["forwards"] for r in rows], [r["loss"] for r in rows], marker="o", markersize=3, label=label)

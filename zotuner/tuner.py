@@ -33,7 +33,7 @@ class BlockInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    numel: int = Field(ge=1)
+    numel: int = Field(ge=1, lt=1 << 63)
 
 
 class FeatureInfo(BaseModel):
@@ -270,8 +270,14 @@ class Tuner:
         nets: Tensor | None = None,  # (m,) from `nets_for`; None: one row a net, in order
         loss_start: float | None = None,  # that the run began with; None: it begins now
     ) -> Tensor:  # (m,) raw sigma, float32
-        """The bank's answer, before normalisation."""
+        """The bank's answer, before normalisation.
+
+        Raises:
+            ZotunerError: No block has any noise: nothing would be left to normalise.
+        """
         raw: Tensor = self.bank(self.spec(features.float(), loss_start), nets)
+        if bool((raw == 0).all()):
+            raise ZotunerError(f"{self.source or 'the tuner'}: gives no block any noise; get or train another one")
         return raw
 
     def sha256(self) -> str:
@@ -285,7 +291,7 @@ class Tuner:
         return bytes(save({k: v.to(dtype).contiguous() for k, v in self.bank.state_dict().items()}))
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes the three files, each atomically.
+        """Writes the three files, each atomically; `write_files` has the order.
 
         Args:
             directory: Made if need be.
@@ -297,12 +303,9 @@ class Tuner:
         """
         if not dtype.is_floating_point or not all(p.to(dtype).isfinite().all() for p in self.bank.parameters()):
             raise ValueError(f"dtype: expected one of floating point that holds the nets' weights, got {dtype}")
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS, self._packed(dtype))
         unused = {name for name in LATER if not getattr(self.info, name)}
-        write_atomically(folder / DESCRIPTION, self.info.model_dump_json(indent=2, exclude=unused) + "\n")
-        write_atomically(folder / CARD, card(self.info.model_dump()))
+        description = self.info.model_dump_json(indent=2, exclude=unused) + "\n"
+        write_files(Path(directory), self._packed(dtype), description, card(self.info.model_dump()))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:
@@ -358,6 +361,17 @@ def versions() -> dict[str, str]:
     return {"zotuner": __version__, "torch": version("torch"), "python": platform.python_version()}
 
 
+def write_files(folder: Path, weights: bytes, description: str | bytes, card: str | bytes | None) -> None:
+    """Writes a tuner's files, in place of an earlier one's; while they are of two tuners, none describes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (DESCRIPTION, CARD):
+        (folder / name).unlink(missing_ok=True)
+    write_atomically(folder / WEIGHTS, weights)
+    if card is not None:
+        write_atomically(folder / CARD, card)
+    write_atomically(folder / DESCRIPTION, description)
+
+
 def shipped() -> dict[str, TunerInfo]:
     """The tuners that come with the package: what each is, by name."""
     return {path.parent.name: read_info(path) for path in sorted(SHIPPED.glob(f"*/{DESCRIPTION}"))}
@@ -371,12 +385,14 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str]:
         revision: Likewise.
 
     Raises:
-        ZotunerError: No such tuner.
+        ZotunerError: No such tuner; or a revision of one that is not on the Hub.
     """
-    if Path(name).is_dir():
-        return Path(name), name
-    if name == Path(name).name and (SHIPPED / name / DESCRIPTION).is_file():
-        return SHIPPED / name, name
+    own = name == Path(name).name and (SHIPPED / name / DESCRIPTION).is_file()
+    if (folder := Path(name)).is_dir() or own:
+        if revision is not None:
+            where = "a folder" if folder.is_dir() else "a tuner of the package"
+            raise ZotunerError(f"{name}: revisions are of tuners on the Hub, and this is {where}; got {revision!r}")
+        return (folder if folder.is_dir() else SHIPPED / name), name
     from huggingface_hub import snapshot_download
 
     repo_id, _, stated = name.partition("@")
@@ -397,6 +413,8 @@ def read_info(path: Path) -> TunerInfo:
         return TunerInfo.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ZotunerError(f"{path}: missing; a tuner is a folder with {WEIGHTS} and {DESCRIPTION}") from None
+    except OSError as error:
+        raise ZotunerError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "content"
@@ -406,8 +424,9 @@ def read_info(path: Path) -> TunerInfo:
 def _read_bank(path: Path, info: TunerInfo) -> Bank:
     try:
         weights = load_file(path)
-    except FileNotFoundError:
-        raise ZotunerError(f"{path}: missing; a tuner is a folder with {WEIGHTS} and {DESCRIPTION}") from None
+    except FileNotFoundError:  # which safetensors says of one that may not be read, too
+        what = "cannot be read" if path.exists() else "missing"
+        raise ZotunerError(f"{path}: {what}; a tuner is a folder with {WEIGHTS} and {DESCRIPTION}") from None
     except (SafetensorError, OSError) as error:
         raise ZotunerError(f"{path}: expected a whole safetensors file: {error}; get the file again") from None
     n = len(info.blocks)
@@ -419,7 +438,7 @@ def _read_bank(path: Path, info: TunerInfo) -> Bank:
             raise ZotunerError(
                 f"{path}: key {name}: expected a floating-point tensor {tuple(param.shape)} for {n} blocks, got {shape}"
             )
-        if not torch.isfinite(came).all():
+        if not torch.isfinite(came.float()).all():
             raise ZotunerError(f"{path}: key {name}: expected finite weights, got infinities or NaN")
     if isinstance(bank, StaticBank):
         try:

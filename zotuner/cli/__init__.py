@@ -1,6 +1,8 @@
 """The command line `zotuner`: its exit codes, and the commands, which stand in runs, tuners and studies."""
 
+import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +11,13 @@ from rich_argparse import RichHelpFormatter
 from zotuner.cli import runs, studies, tuners
 from zotuner.cli.parser import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_SIGNAL, Parser, adder
 from zotuner.errors import Interrupted, ZotunerError
+
+# What a machine says to files that it will not read or write; anything else is a fault of ours, with a traceback
+OF_THE_MACHINE = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ENAMETOOLONG", "EISDIR", "ENOTDIR")
+    if hasattr(errno, name)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments) or 0)
+        code = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_SIGNAL + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        print(f"zotuner: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except ZotunerError as error:
         print(f"zotuner: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -50,7 +50,8 @@ def add_readers(add: Add) -> None:
     demo = add("demo", _demo, "fine-tune the demo model by three methods at equal forwards")
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for the runs (%(default)s)")
     demo.add_argument("--tuner", default="smollm2-135m-instruct", help="name, folder or Hub id (%(default)s)")
-    demo.add_argument("--forwards", type=count, default=54, help="forward passes a method (%(default)s)")
+    text = "forward passes a method, of which a multiple of 18 is spent (%(default)s)"
+    demo.add_argument("--forwards", type=count, default=54, help=text)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:

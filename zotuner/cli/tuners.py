@@ -86,11 +86,11 @@ def _add_import_options(parser: argparse.ArgumentParser) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     quiet()
     from zotuner.published import import_tuner, write_tuner
-    from zotuner.tuner_out import check_tuner_out
+    from zotuner.tuner_out import claimed
 
-    check_tuner_out(arguments.out, arguments.overwrite)
-    imported = import_tuner(arguments.file, arguments.base, embedding_rows=arguments.embedding_rows)
-    print("\n".join(write_tuner(imported, arguments.out)))
+    with claimed(arguments.out, arguments.overwrite):
+        imported = import_tuner(arguments.file, arguments.base, embedding_rows=arguments.embedding_rows)
+        print("\n".join(write_tuner(imported, arguments.out)))
 
 
 def _add_inspect_options(parser: argparse.ArgumentParser) -> None:

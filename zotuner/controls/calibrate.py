@@ -32,8 +32,8 @@ from zotuner.progress import Display
 from zotuner.signals import Requests
 from zotuner.tasks import digest
 from zotuner.tuner import Tuner
+from zotuner.tuner_out import ROWS
 
-ROWS = "measurements.jsonl"
 AT_ONCE = 16  # groups whose losses are asked for together, with one L(theta)
 
 
@@ -176,12 +176,13 @@ class _Kept:
     def losses(self, ask: Ask, row: dict[str, Any]) -> Floats:
         """What a row holds of an ask."""
         found = row.get("losses")
-        if row.get("round") != ask.number or not isinstance(found, list) or len(found) != ask.forwards:
+        numbers = [x for x in found if isinstance(x, int | float)] if isinstance(found, list) else []
+        if row.get("round") != ask.number or numbers != found or len(numbers) != ask.forwards:
             raise ZotunerError(
                 f"{self.path}: expected {ask.forwards} losses of round {ask.number}, got {str(row)[:60]}; "
                 "remove that line and all behind it"
             )
-        return np.array(found, float)
+        return np.array(numbers, float)
 
 
 def _measure(

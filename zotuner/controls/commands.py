@@ -4,23 +4,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from zotuner.controls.calibrate import ROWS, calibrate
+from zotuner.controls.calibrate import calibrate
 from zotuner.controls.fresh import by_hand, untrained
 from zotuner.controls.measure import measure
-from zotuner.controls.scales import Statistics, write_table
+from zotuner.controls.scales import write_table
 from zotuner.controls.setting import load
 from zotuner.errors import ZotunerError
 from zotuner.files import is_vacant, locked
 from zotuner.progress import Display
 from zotuner.signals import Requests
 from zotuner.tuner import Tuner
-from zotuner.tuner_out import check_tuner_out, keep_tuner
+from zotuner.tuner_out import ROWS, claimed, keep_tuner
 
 
 def init(model: str, out: Path, architecture: Literal["abs", "exp"], seed: int, overwrite: bool) -> str:
     """Writes an untrained tuner; returns a line that says so."""
-    check_tuner_out(out, overwrite)
-    return _write(untrained(model, architecture, seed), out)[1]
+    with claimed(out, overwrite):
+        return keep_tuner(untrained(model, architecture, seed), out)
 
 
 def static(
@@ -29,20 +29,22 @@ def static(
     """Writes a tuner of scales by hand, and returns it with a line that says so."""
     if not by_type and not layers:
         raise ZotunerError("expected --by-type or --layers; without either all scales would be 1, which is MeZO")
-    check_tuner_out(out, overwrite)
-    return _write(by_hand(model, by_type, layers), out)
+    with claimed(out, overwrite):
+        tuner = by_hand(model, by_type, layers)
+        return tuner, keep_tuner(tuner, out)
 
 
 def measured(
     model: str, task: str, data_dir: Path | None, out: Path, overwrite: bool, display: Display, **options: Any
 ) -> tuple[Tuner, str]:
     """As `static`, of scales from `measure`, whose options these are."""
-    check_tuner_out(out, overwrite)
-    with display:
+    with display, claimed(out, overwrite):
         display.say(f"loading {model} and task {task}")
         setting = load(model, task, data_dir, options["seed"])
         tuner, found = measure(setting, display, **options)
-    return _write(tuner, out, found)
+        written = keep_tuner(tuner, out)
+        write_table(out, tuner, found)
+    return tuner, written
 
 
 def calibrated(
@@ -55,10 +57,6 @@ def calibrated(
         display.say(f"loading {model} and task {task}")
         setting = load(model, task, data_dir, options["seed"], dtype)
         tuner, found = calibrate(setting, out, display, requests, **options)
-        return _write(tuner, out, found)
-
-
-def _write(tuner: Tuner, out: Path, found: Statistics | None = None) -> tuple[Tuner, str]:
-    written = keep_tuner(tuner, out)
-    write_table(out, tuner, found)
+        written = keep_tuner(tuner, out)
+        write_table(out, tuner, found)
     return tuner, written

@@ -21,8 +21,8 @@ from zotuner.errors import ZotunerError
 from zotuner.metrics import write_json
 from zotuner.pertnn import normalize
 from zotuner.tuner import Tuner
+from zotuner.tuner_out import TABLE
 
-TABLE = "measured.json"
 FLOOR = 0.1  # of what is typical of its type: what a block's estimate is raised to
 
 Floats = NDArray[np.float64]
@@ -98,11 +98,8 @@ def _raised(what: str, estimate: Estimate, numels: Floats, types: Sequence[Seque
     return raised
 
 
-def write_table(out: Path, tuner: Tuner, found: Statistics | None) -> None:
-    """Writes, beside a tuner, what was found for each block; None: removes what an earlier tuner there left."""
-    if found is None:
-        (out / TABLE).unlink(missing_ok=True)
-        return
+def write_table(out: Path, tuner: Tuner, found: Statistics) -> None:
+    """Writes, beside a tuner, what was found for each block."""
     columns = {
         "name": list(tuner.block_names),
         "numel": [block.numel for block in tuner.info.blocks],

@@ -58,7 +58,11 @@ class Weights:
 def tensors(tuner: Tuner) -> list[Weights]:
     """Each of the nets' tensors against fresh ones; a net that several blocks learned together counts once."""
     seed = tuner.info.config.get("seed")
-    fresh = PertNNBank(len(tuner.info.blocks), tuner.info.architecture, seed=seed) if type(seed) is int else None
+    fresh = (
+        PertNNBank(len(tuner.info.blocks), tuner.info.architecture, seed=seed)
+        if type(seed) is int and 0 <= seed < 1 << 63
+        else None
+    )
     began = {} if fresh is None else dict(fresh.named_parameters())
     learned, _ = _shared(tuner)
     found = []

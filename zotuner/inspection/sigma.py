@@ -1,6 +1,5 @@
 """A tuner's scales at features that one chooses: those of a first step, and the same at other losses."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from zotuner.block_types import block_types, layer_of
 from zotuner.blocks import find_blocks
 from zotuner.errors import ZotunerError
+from zotuner.log.scales import geometric_mean
 from zotuner.optim.zo_finetuner import features_of
 from zotuner.pertnn import FEATURES, FeatureSpec, normalize
 from zotuner.tuner import Tuner
@@ -134,6 +134,10 @@ def sigmas(tuner: Tuner, model: Any = None) -> Sigmas:
 
     whose = "the model's own mean and variance of each block" if model is not None else _centred_at(tuner.spec)
     told = f"at a first step (losses 0, sigma_prev 1), told {whose}"
+    if "relative" in tuner.spec.transform:
+        told += f"; at other losses, of a run that began at {START:g}"
+    if model is None and info.embedding_rows is not None:
+        told += "; embedding tables count whole, which they do not in a run (--model M: as there)"
     at = np.stack([scaled(loss, START) for loss in LOSSES])
     return Sigmas(names, scaled(0.0, None), at, "sigma~" if info.normalized else "sigma", told)
 
@@ -169,9 +173,3 @@ def compare(ours: Sigmas, theirs: Sigmas) -> Comparison:
     left_out = len(ours.blocks) + len(theirs.blocks) - 2 * len(common)
     blocks = tuple(ours.blocks[i] for i in mine)
     return Comparison(blocks, a, b, correlation, left_out, len(common) - len(heard))
-
-
-def geometric_mean(values: Array | Sequence[float]) -> float:
-    """exp of the mean of logs, of those above 0; 0 where none is."""
-    values = np.asarray(values, float)
-    return float(np.exp(np.log(values[values > 0]).mean())) if (values > 0).any() else 0.0

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from zotuner.block_types import block_types
 from zotuner.inspection.fresh import Weights
-from zotuner.inspection.sigma import LOSSES, Array, Comparison, Sigmas, geometric_mean
+from zotuner.inspection.sigma import LOSSES, Array, Comparison, Sigmas
+from zotuner.log.scales import geometric_mean
 from zotuner.report import new_table
 
 LEVELS = 10  # one digit each

@@ -19,3 +19,9 @@ class Scales:
     blocks: tuple[str, ...]
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
+
+
+def geometric_mean(values: NDArray[np.float64]) -> float:
+    """exp of the mean of logs, of those above 0; 0 where none is."""
+    noisy = values[values > 0]
+    return float(np.exp(np.log(noisy).mean())) if len(noisy) else 0.0

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from zotuner.block_types import block_types
 from zotuner.log.run import Evaluation, Run
-from zotuner.log.scales import Scales
+from zotuner.log.scales import Scales, geometric_mean
 from zotuner.report import new_table, number
 
 START, SPAN = "start", "steps"
@@ -120,7 +120,7 @@ def _with_evaluations(run: Run, cuts: Sequence[slice], columns: dict[str, list[s
 
 
 def scales_table(scales: Scales) -> Table:
-    """sigma~ of each type of block at the first and at the last recorded step; a geometric mean, each block once."""
+    """sigma~ of each type of block at the first and the last recorded step; geometric means, without zeros."""
     names = ["type of block", "blocks"]
     picked = [0, -1] if len(scales.steps) > 1 else [0]
     for time in picked:
@@ -132,9 +132,7 @@ def scales_table(scales: Scales) -> Table:
         cells: list[str] = []
         for time in picked:
             values = scales.values[time, members]
-            with np.errstate(divide="ignore"):  # a scale of 0 makes the mean 0
-                logs = np.log(values)
-            cells += [_mean(logs, ".3f", math.exp), _extreme(values, np.nanmin), _extreme(values, np.nanmax)]
+            cells += [_extreme(values, which) for which in (geometric_mean, np.min, np.max)]
         out.add_row(escape(label), str(len(members)), *cells)
     return out
 
