@@ -33,8 +33,9 @@ def models(model_dir: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.filterwarnings("ignore:.*cannot read several candidates")  # of a random model
 @pytest.mark.parametrize(("name", "kind"), KINDS, ids=[f"{name} {kind}" for name, kind in KINDS])
 def test_a_task_is_tuned_on_and_judged(
-    name: str, kind: str, models: dict[str, Path], data: Path, tmp_path: Path
+    name: str, kind: str, models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(TASKS[name], "max_new_tokens", 12)  # a row has 60 tokens here, prompt and answer together
     options = {"task": name, "data_dir": data, "steps": 2, "lr": 1e-2, "eval_size": 6, "max_length": 60}
     assert call("finetune", *argv_of(quick(models[kind], tmp_path / "run", **options))) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -43,7 +43,7 @@ def test_a_saved_model_comes_back_with_the_same_weights(model_dir: Path, tmp_pat
     model, tokenizer = load_model(model_dir)
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.5)
-    save_model(model, tokenizer, tmp_path / "saved")
+    save_model(model, tokenizer, tmp_path / "saved", "base")
     again, _ = load_model(tmp_path / "saved")
     assert weights_sha256(again) == weights_sha256(model)
     assert not again.training
