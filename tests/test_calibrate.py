@@ -19,6 +19,7 @@ from test_static import traces_of
 from torch import Tensor, nn
 
 from zotuner.blocks import find_blocks
+from zotuner.card import CARD
 from zotuner.controls.calibrate import AT_ONCE, ROWS, calibrate
 from zotuner.controls.groups import grouping, solve
 from zotuner.controls.scales import Statistics
@@ -30,7 +31,7 @@ from zotuner.perturb import Perturber
 from zotuner.progress import Display
 from zotuner.signals import Requests
 from zotuner.tasks import Example
-from zotuner.tuner import CARD, WEIGHTS, Tuner
+from zotuner.tuner import WEIGHTS, Tuner
 
 EXAMPLES = (Example("a", ("b", "c"), 0),)
 

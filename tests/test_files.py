@@ -121,13 +121,15 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
     assert tree(tmp_path / "real") == {"new.txt": b"new"}
 
 
-def test_a_folder_that_cannot_be_moved_aside_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["folder", "new"])
+def test_a_folder_that_cannot_be_exchanged_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old.txt").write_text("old")
+    rename = Path.rename
 
     def build() -> None:
         with built_aside(tmp_path / "folder"):
-            monkeypatch.setattr(Path, "rename", refuse)
+            monkeypatch.setattr(Path, "rename", lambda path, to: refuse() if path.name == name else rename(path, to))
 
     with pytest.raises(OSError, match="no space"):
         build()

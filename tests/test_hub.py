@@ -18,13 +18,13 @@ from huggingface_hub import ModelCard, constants
 from test_cli import argv_of, assert_one_error_line, call, quick, tree
 from tiny import tiny_llama
 
-from zotuner.card import ORIGINALS, card
+from zotuner.card import CARD, ORIGINALS, card
 from zotuner.errors import ZotunerError
 from zotuner.hub import AUTO, MOST_MODELS, find_tuner
 from zotuner.ledger import read_ledger
 from zotuner.models import PACKAGED, save_model
 from zotuner.training import LEDGER
-from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Result, Tuner, shipped
+from zotuner.tuner import DESCRIPTION, WEIGHTS, Result, Tuner, shipped
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = "smollm2-135m-instruct"

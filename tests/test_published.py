@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zotuner import pickled
 from zotuner.blocks import find_blocks
+from zotuner.card import CARD
 from zotuner.cli import main
 from zotuner.config import MetaTrainConfig
 from zotuner.errors import ZotunerError
@@ -34,7 +35,7 @@ from zotuner.pertnn import FEATURES
 from zotuner.pickled import Evaluation, Limits
 from zotuner.pth import read_pth
 from zotuner.published import INPUTS, import_tuner, limits, read_nets
-from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner
+from zotuner.tuner import DESCRIPTION, WEIGHTS, Tuner
 from zotuner.tuner_out import claimed
 
 Nets = dict[str, Any]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import zotuner
 from zotuner.block_types import block_types
 from zotuner.blocks import find_blocks
+from zotuner.card import CARD
 from zotuner.controls.fresh import by_hand, of_types
 from zotuner.controls.measure import statistics_of
 from zotuner.controls.scales import FLOOR, Estimate, Statistics, scales_of
@@ -27,7 +28,7 @@ from zotuner.errors import ZotunerError
 from zotuner.models import load_model, weights_sha256
 from zotuner.optim import ZOFineTuner
 from zotuner.pertnn import StaticBank
-from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner
+from zotuner.tuner import DESCRIPTION, WEIGHTS, Tuner
 from zotuner.tuner_out import ROWS
 
 N = 21  # blocks of `tiny_llama()`

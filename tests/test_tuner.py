@@ -18,11 +18,11 @@ from tiny import tiny_gpt2, tiny_llama, tiny_phi3
 from torch import Tensor
 
 from zotuner.blocks import find_blocks, moments
-from zotuner.card import card
+from zotuner.card import CARD, card
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 from zotuner.pertnn import ARCHITECTURES, FEATURES
-from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner
+from zotuner.tuner import DESCRIPTION, WEIGHTS, Tuner
 
 Json = dict[str, Any]
 ABOUT: Json = {

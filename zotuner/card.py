@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+CARD = "README.md"  # the file
 MADE = "made"  # of a tuner's config: how it came about, where that was not by meta-training
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 TAGS = ("zotuner", "pertnn")  # by which tuners are found on the Hub

