@@ -26,7 +26,7 @@ from zotuner.compare.charts import _draw_curves, mean_curve
 from zotuner.compare.children import last_words
 from zotuner.compare.figures import Wins, first_reach
 from zotuner.compare.plan import Planned, expand
-from zotuner.compare.results import Results, collect, page, tables_of, write
+from zotuner.compare.results import Results, _colors, collect, page, tables_of, write
 from zotuner.compare.spec import Comparison
 from zotuner.compare.state import Note, Point, check_same, read_note, read_status, write_note
 from zotuner.compare.tables import cells, duration, headings, plan_table, seconds_left, standing_cells
@@ -606,6 +606,13 @@ def test_a_mean_curve_goes_as_far_as_all_of_its_curves() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
+
+
+def test_every_method_has_a_colour_of_its_own(tmp_path: Path) -> None:
+    methods = {f"m{n}": {"method": "mezo", "lr": 1e-5} for n in range(20)}
+    colors = _colors(Comparison.read(yaml_file(tmp_path, tasks=["sst2"], methods=methods)))
+    assert list(colors) == list(methods)
+    assert len(set(colors.values())) == 20
 
 
 def test_the_page_needs_no_other_file_and_holds_the_figures(compared: Any) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Told apart by those who see few colours, on white and on black (Okabe and Ito 2008)
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8c8c8c")
+# Told apart by those who see few colours, on white and on black (the first seven: Okabe and Ito 2008)
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8c8c8c", "#6A3D9A", "#8B4513")
 INK = "#010203"  # drawn with, and then replaced by the page's text colour
 DRAWN_IN_INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 PER_ROW = 4  # tasks in a picture of all

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,12 @@ def _rows_of(results: Results, task: TaskEntry) -> list[Row]:
 
 
 def _colors(spec: Comparison) -> dict[str, str]:
-    return {name: COLORS[place % len(COLORS)] for place, name in enumerate(spec.methods)}
+    """One of its own for each of up to 29 methods."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    further = [to_hex(colormaps["tab20b"](place)) for place in range(20)]
+    return dict(zip(spec.methods, cycle([*COLORS, *further]), strict=False))
 
 
 def _document(results: Results) -> dict[str, Any]:
