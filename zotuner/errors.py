@@ -2,7 +2,10 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 T = TypeVar("T")
 
@@ -26,6 +29,13 @@ def repeated(values: Sequence[T]) -> T | None:
     'a'
     """
     return next((value for value in values if values.count(value) > 1), None)
+
+
+def at_fault(error: "ValidationError") -> str:
+    """The first key that does not fit, what was expected there, and what came."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "content"
+    return f"{key}: {first['msg']}, got {str(first['input'])[:60]!r}"
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -67,6 +67,19 @@ def built_aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(room, ignore_errors=True)
 
 
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Around what writes to an output folder.
+
+    Raises:
+        ZotunerError: The machine refuses it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ZotunerError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is one that a run filled."""
     return all((folder / mark).is_file() for mark in RUN_MARKS)
@@ -184,7 +197,7 @@ def check_out(out: Path, overwrite: bool, inputs: Sequence[Path | None] = ()) ->
 def claim_out(out: Path, overwrite: bool, config: str) -> None:
     """Empties a `locked` output folder, after `check_out`; writes the marks of a run, `config.yaml` first."""
     check_out(out, overwrite)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for path in out.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -193,5 +206,3 @@ def claim_out(out: Path, overwrite: bool, config: str) -> None:
                 path.unlink()
         write_atomically(out / RUN_MARKS[0], config)
         (out / RUN_MARKS[1]).touch()
-    except OSError as error:
-        raise ZotunerError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None

